@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import IO, Any, BinaryIO, TextIO
 
 from fedmed_flower.errors import FormatError, InputError
 
@@ -379,12 +379,25 @@ class StoredMembers:
         ValueError
             If the member has more than `most` bytes.
         """
+        return self._archive.read(self._taken(name, most))
+
+    def open(self, name: str, most: int) -> IO[bytes]:
+        """Open a member for reading bit by bit and remove it from `left`.
+
+        Raises
+        ------
+        KeyError, ValueError
+            As `pop`.
+        """
+        return self._archive.open(self._taken(name, most))
+
+    def _taken(self, name: str, most: int) -> zipfile.ZipInfo:
         member = self.left.pop(name)
         if member.file_size > most:
             raise ValueError(
                 f"its member {name} has {member.file_size:,} bytes, more than {most:,}"
             )
-        return self._archive.read(member)
+        return member
 
 
 def write_atomic(path: Path, data: bytes) -> None:

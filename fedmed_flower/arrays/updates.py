@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedmed_flower.arrays import kernels
-from fedmed_flower.arrays.views import Draft, flat, is_finite, not_finite, view
+from fedmed_flower.arrays.views import Draft, flat, is_finite, not_finite, record_of, view
 
 OVERFLOW = "the squares of its values overflow"
 
@@ -117,7 +117,7 @@ class Updates:
         """
         if self._mix is not None:
             raise ValueError("a selection rule cannot choose among weighted sums of updates")
-        records = [RecordDict({"arrays": ArrayRecord(dict(record))}) for record in self._arrays]
+        records = [RecordDict({"arrays": record_of(record)}) for record in self._arrays]
         for record, metrics in zip(records, self.metrics, strict=False):
             record["metrics"] = MetricRecord(dict(metrics))
         indices = {id(record): index for index, record in enumerate(records)}
@@ -152,7 +152,7 @@ class Updates:
             return None
 
         def part(record: ArrayRecord) -> ArrayRecord:
-            return ArrayRecord({key: record[key] for key in keys})
+            return record_of({key: record[key] for key in keys})
 
         centre = None if self._centre is None else part(self._centre)
         records = [part(record) for record in self._arrays]

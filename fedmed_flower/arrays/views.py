@@ -7,10 +7,10 @@ import functools
 import math
 from collections.abc import Mapping
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedmed_flower.arrays import kernels
@@ -18,6 +18,8 @@ from fedmed_flower.arrays import kernels
 # Shape and dtype of an array, and those of all arrays of a record by key.
 Form = tuple[tuple[int, ...], np.dtype[Any]]
 Forms = Mapping[str, Form]
+
+Record = TypeVar("Record", ArrayRecord, MetricRecord, ConfigRecord)
 
 _NUMPY = "numpy.ndarray"
 # Elements that are checked at a time, so that temporary arrays stay small.
@@ -34,8 +36,9 @@ def view(array: Array) -> NDArray[Any]:
     Parameters
     ----------
     array : Array
-        Its ``data`` is read as the bytes of a ``.npy`` file. The shape and dtype that it states
-        beside them are not trusted, except ``bfloat16``, which a ``.npy`` file cannot express.
+        Its ``data``, bytes or a part of a memory map, is read as the bytes of a ``.npy`` file. The
+        shape and dtype that it states beside them are not trusted, except ``bfloat16``, which a
+        ``.npy`` file cannot express.
 
     Returns
     -------
@@ -49,7 +52,7 @@ def view(array: Array) -> NDArray[Any]:
     """
     if array.stype != _NUMPY:
         raise ValueError(f"unknown serialisation {array.stype!r}")
-    shape, fortran_order, dtype, offset = _header(array.data[: _head_length(array.data)])
+    shape, fortran_order, dtype, offset = _header(bytes(array.data[: _head_length(array.data)]))
     is_number = dtype.kind in "biufc" and dtype.fields is None
     if not is_number and not (array.dtype == "bfloat16" and dtype == kernels.BFLOAT16):
         raise ValueError(f"dtype {dtype} is not a plain number")
@@ -117,6 +120,25 @@ def _head_of(values: NDArray[Any]) -> bytes:
         },
     )
     return head.getvalue()
+
+
+def records_of(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
+    """Return the records of a kind in a content, by name.
+
+    Flower's own properties, such as ``array_records``, leave a cycle of references at each call, so
+    that a content stays in memory until Python's collector of cycles runs, however large it is.
+    """
+    return {name: record for name, record in content.items() if isinstance(record, kind)}
+
+
+def record_of(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """Return a record of these very arrays, whose bytes may lie in a file.
+
+    ``ArrayRecord(arrays)`` would make each anew, of bytes in memory alone.
+    """
+    record = ArrayRecord()
+    record.update(arrays)
+    return record
 
 
 class Draft:
@@ -214,10 +236,8 @@ def own_content(content: RecordDict) -> RecordDict:
     own = RecordDict()
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
-            shared = ArrayRecord()
             # Flower hashes an array once for all messages only if it is the same object in them.
-            shared.update(record)
-            own[name] = shared
+            own[name] = record_of(record)
         else:
             own[name] = copy.deepcopy(record)
     return own

@@ -301,11 +301,12 @@ def check_histograms(grid: list[Any], counts: list[Any], num_scores: int, rows: 
     """
     if (len(grid), len(counts)) != (3 * num_scores, 2 * BINS * num_scores) or num_scores == 2:
         return f"{GRID} and {COUNTS} have {len(grid)} and {len(counts)} entries"
-    if not all(type(count) is int and count >= MERGED for count in counts):
+    # Lists of thousands: each pass is one of the interpreter's own functions.
+    if {*map(type, counts)} != {int} or min(counts) < MERGED:
         return f"{COUNTS} must be whole numbers of at least 0, or {MERGED} in a bin that is merged"
     if MERGED in counts[::BINS]:
         return f"{COUNTS} must begin each histogram with a bin of its own"
-    counted = sum(count for count in counts if count != MERGED)
+    counted = sum(counts) - MERGED * counts.count(MERGED)
     if not isinstance(rows, int | float) or counted != rows * num_scores:
         return f"{COUNTS} do not add up to num-examples = {rows}"
     return _check_grid(grid, merged=MERGED in counts)

@@ -61,7 +61,6 @@ from fedmed_flower.server.run_folder import (
     CONFIG,
     DEFAULT_FOLDER,
     FORMAT,
-    METRICS,
     PREDICTOR,
     RunFolder,
     early_lines,
@@ -108,6 +107,7 @@ FREE_ON_RESUME = {
     "round-timeout",
     "quorum",
     "grace",
+    "server-memory-gigabytes",
     "baselines",
     "pictures",
     "personal-epochs",
@@ -266,6 +266,8 @@ def _prepared(
     if plan.quorum:
         strategy.quorum = plan.quorum
         strategy.grace = plan.grace
+    if plan.server_memory_gigabytes:
+        strategy.memory_gigabytes = plan.server_memory_gigabytes
     if plan.compression != NONE:
         strategy.compression = plan.compression
         strategy.top_k_share = plan.top_k_share
@@ -760,7 +762,7 @@ class Experiment:
                 self._test(result.arrays)
                 self._write_summary("running")
                 self._compare(result.arrays)
-                folder.write(METRICS, self.strategy.history.to_csv())
+                folder.write_metrics(self.strategy.history)
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt)
                 text = "stopped by the user" if stopped else f"{type(error).__name__}: {error}"

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from fedmed_flower.server.listener import NOBODY, Listener
 from fedmed_flower.server.screening import error_text, metrics_excess
 from fedmed_flower.server.sites import learn_name
+from fedmed_flower.server.traffic import size_of
 from fedmed_flower.wire import VersionError
 
 T = TypeVar("T")
@@ -29,6 +30,8 @@ _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 1.0
 # Exceptions that reading a malformed answer may raise.
 MALFORMED = (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)
+# Bytes of the replies pulled at a time, if each is as large as the largest message.
+_BYTES_TOGETHER = 1 << 30
 
 
 class Exchange:
@@ -84,6 +87,9 @@ class Exchange:
         self.seconds = 0.0
         self.waited = 0.0
         self._nodes: set[int] = set()
+        # Of large models only few fit in memory at a time.
+        largest = max((size_of(message.content) for message in messages), default=0)
+        self._together = max(1, min(_TOGETHER, _BYTES_TOGETHER // max(1, largest)))
 
     def __iter__(self) -> Iterator[tuple[Message, Message]]:
         sent = self._push()
@@ -122,7 +128,7 @@ class Exchange:
         while waiting:
             before = len(waiting)
             keys = iter(list(waiting))
-            while ids := list(islice(keys, _TOGETHER)):
+            while ids := list(islice(keys, self._together)):
                 for reply in self.grid.pull_messages(ids):
                     self.answered += not reply.has_error()
                     self.waited = time.monotonic() - began

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedmed_flower.arrays.packing import Packing
+from fedmed_flower.arrays.views import records_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.server.screening import form_flaw
 from fedmed_flower.server.traffic import size_of
@@ -55,7 +56,7 @@ class Unpacker:
         """
         content = RecordDict({**reply.content})
         models = 0
-        for name, record in reply.content.array_records.items():
+        for name, record in records_of(reply.content, ArrayRecord).items():
             if name in self.companions:
                 content[name] = self._dense(record, self._sent(name, request), f"in {name}, ")
                 continue
@@ -73,7 +74,7 @@ class Unpacker:
         layout = self.model if name == self.key else self.companions[name]
         if request is None:
             return layout
-        sent = request.array_records.get(name)
+        sent = records_of(request, ArrayRecord).get(name)
         if sent is None or not layout.keys() <= sent.keys():
             raise ValueError(f"the site was not sent all of {name}, from which a change counts")
         return ArrayRecord({key: sent[key] for key in layout})

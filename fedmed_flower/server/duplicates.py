@@ -9,6 +9,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
+from fedmed_flower.arrays.views import records_of
 from fedmed_flower.data.site import some_of
 from fedmed_flower.wire import DIGEST_BYTES, DIGESTS, PATIENTS_RECORD
 
@@ -27,7 +28,7 @@ class Namesakes:
 
     def take(self, node_id: int, content: RecordDict) -> None:
         """Take up the digests of a reply; missing or malformed digests are ignored."""
-        record = content.config_records.get(PATIENTS_RECORD, ConfigRecord())
+        record = records_of(content, ConfigRecord).get(PATIENTS_RECORD, ConfigRecord())
         data = record.get(DIGESTS)
         if isinstance(data, bytes) and len(data) % DIGEST_BYTES == 0:
             self.digests[node_id] = np.unique(np.frombuffer(data, "<u8"))

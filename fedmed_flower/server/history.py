@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,11 @@ from fedmed_flower.wire import ALL_SITES, BYTES_SAVED, EPSILON, HOSPITAL_EPSILON
 # Round, phase, site, metric and value.
 Row = tuple[int, str, str, str, float]
 COLUMNS = ("round", "phase", "site", "metric", "value")
+# A site's number of training rows; of patients if they are protected by noise.
+_COUNT = "num-examples"
 # Of a round: what is no measure of the model.
 _NOT_SHOWN = (
-    "num-examples",
+    _COUNT,
     "seconds",
     EPSILON,
     HOSPITAL_EPSILON,
@@ -117,6 +119,18 @@ class History:
     sums: list[Sum] = field(default_factory=list)
     stopped: Stop | None = None
     kept: Kept | None = None
+    _seen: _Seen = field(default_factory=lambda: _Seen([]), init=False, compare=False, repr=False)
+
+    def training_rows(self, site: str) -> float | None:
+        """Return the number of training rows that a site told last; None if it has told none."""
+        return self._up_to_date().counts.get(site)
+
+    def _up_to_date(self) -> _Seen:
+        """Return what is known of all rows, of which those that came since are read."""
+        if self._seen.rows is not self.rows:
+            self._seen = _Seen(self.rows)
+        self._seen.read()
+        return self._seen
 
     def add(self, server_round: int, phase: str, site: str, metrics: Mapping[str, Any]) -> None:
         """Append the metrics that are single numbers; lists are left out."""
@@ -157,9 +171,14 @@ class History:
         def in_line(number: int, phase: str) -> bool:
             return number == (validated if phase == "val" else server_round)
 
+        # The rows of a round are the last ones, or few come after them.
+        lowest = min(number for number in (server_round, validated) if number is not None)
+        first = len(self.rows)
+        while first and self.rows[first - 1][0] >= lowest:
+            first -= 1
         known = {
             (phase, metric): value
-            for number, phase, site, metric, value in self.rows
+            for number, phase, site, metric, value in self.rows[first:]
             if in_line(number, phase) and site == ALL_SITES
         }
         wanted = [("train", "loss"), *(("val", name) for name in MAIN)]
@@ -187,8 +206,55 @@ class History:
             parts.append(f"failed: {', '.join(sorted(failed))}")
         return "  ".join(parts)
 
+    def table(self) -> Sequence[bytes]:
+        """Return the rows as a tidy table with the columns round, phase, site, metric, value.
+
+        Returns
+        -------
+        sequence of bytes
+            Parts of one CSV table, each of whole lines. Only what came since the last call is made
+            anew, so that a long run writes its rows after each round in little time.
+        """
+        return self._up_to_date().table()
+
     def to_csv(self) -> bytes:
-        """Return the rows as a tidy table with the columns round, phase, site, metric, value."""
-        text = io.StringIO(newline="")
-        write_rows(text, [COLUMNS, *self.rows])
-        return text.getvalue().encode(errors="backslashreplace")
+        """Return `table` as one text."""
+        return b"".join(self.table())
+
+
+class _Seen:
+    """What is known of rows to which others are appended, without reading them again.
+
+    Attributes
+    ----------
+    rows : list of Row
+    counts : dict of str to float
+        Of each site: the number of training rows that it told last.
+    """
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self.counts: dict[str, float] = {}
+        self._read = 0
+        self._parts = [_csv([COLUMNS])]
+        self._written = 0
+
+    def read(self) -> None:
+        """Take up the rows that were appended since the last call."""
+        for _, phase, site, metric, value in self.rows[self._read :]:
+            if phase == "train" and metric == _COUNT:
+                self.counts[site] = value
+        self._read = len(self.rows)
+
+    def table(self) -> Sequence[bytes]:
+        """Return the rows as CSV, in parts."""
+        if self._written < len(self.rows):
+            self._parts.append(_csv(self.rows[self._written :]))
+            self._written = len(self.rows)
+        return tuple(self._parts)
+
+
+def _csv(rows: Iterable[Iterable[object]]) -> bytes:
+    text = io.StringIO(newline="")
+    write_rows(text, rows)
+    return text.getvalue().encode(errors="backslashreplace")

@@ -11,13 +11,21 @@ from typing import Self
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedmed_flower.arrays.views import records_of
 from fedmed_flower.errors import shown
 from fedmed_flower.secure.study import MOST_GROUPS
 from fedmed_flower.server.ask import Enough, Exchange
 from fedmed_flower.server.compression import Unpacker, saved_bytes
 from fedmed_flower.server.history import Failure, History, Note
 from fedmed_flower.server.listeners import Listeners
-from fedmed_flower.server.screening import error_text, metrics_of, model_of, screen, screen_arrays
+from fedmed_flower.server.screening import (
+    error_text,
+    metrics_of,
+    model_of,
+    screen,
+    screen_arrays,
+    without_arrays,
+)
 from fedmed_flower.server.sites import learn_name
 from fedmed_flower.server.traffic import Traffic, size_of
 from fedmed_flower.server.validation import Validation, parted
@@ -34,6 +42,11 @@ _ALIKE = 200
 _MOST_CHANGES = 200
 # A site's number of training rows; of patients if they are protected by noise.
 _COUNT = "num-examples"
+
+
+def _named(reply: Message, names: Iterable[str]) -> dict[str, ArrayRecord]:
+    records = records_of(reply.content, ArrayRecord)
+    return {name: records[name] for name in names}
 
 
 def is_sum(node_id: int) -> bool:
@@ -78,6 +91,12 @@ class AcceptedReply:
     def metrics(self) -> MetricRecord:
         """The reply's only metrics."""
         return metrics_of(self.message)
+
+    def drop_arrays(self) -> None:
+        """Forget the arrays, which have been used, to save memory."""
+        self.message = without_arrays(self.message)
+        self.arrays = ArrayRecord()
+        self.companions = {}
 
 
 @dataclass(frozen=True)
@@ -362,7 +381,7 @@ class Inbox:
             accepted = AcceptedReply(reply, node_id, self.name(node_id), number)
             if layout is not None:
                 accepted.arrays = model_of(reply, layouts)
-                accepted.companions = {name: reply.content.array_records[name] for name in layouts}
+                accepted.companions = _named(reply, layouts)
             yield accepted
 
     def figures(self, validated: int, server_round: int) -> list[Message]:
@@ -470,7 +489,7 @@ class Inbox:
 
         Sites that protect patients by noise say nothing but the number of their patients.
         """
-        record = reply.message.content.config_records.get(ROWS_RECORD, ConfigRecord())
+        record = records_of(reply.message.content, ConfigRecord).get(ROWS_RECORD, ConfigRecord())
         changes = shown(record.get(CHANGES, ""), _MOST_CHANGES)
         counted = self._counted(reply)
         if changes and not counted:
@@ -480,9 +499,7 @@ class Inbox:
 
     def _counted(self, reply: AcceptedReply) -> str:
         """Return how a site's number of training rows has changed; empty if it has not."""
-        wanted = ("train", reply.site, _COUNT)
-        rows = reversed(self.history.rows)
-        before = next((value for _, *row, value in rows if tuple(row) == wanted), None)
+        before = self.history.training_rows(reply.site)
         now = reply.metrics.get(_COUNT)
         if before is None or not isinstance(now, int | float) or before == now:
             return ""

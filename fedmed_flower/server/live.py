@@ -76,7 +76,10 @@ class Live(Listener):
         self._rounds = 0
         self._phase = ""
         self._asked: list[str] = []
-        self._replied: list[str] = []
+        # Of sites that were asked by another name: the name by that one.
+        self._names: dict[str, str] = {}
+        # The keys of a dictionary, in the order of the replies: a run may have thousands of sites.
+        self._replied: dict[str, None] = {}
         self._failed: dict[str, str] = {}
         self._failures: deque[dict[str, Any]] = deque(maxlen=_MOST_FAILURES)
         self._time_left = _TimeLeft()
@@ -132,14 +135,14 @@ class Live(Listener):
     def named(self, before: str, site: str) -> None:
         """Call a site by its name."""
         with self._lock:
-            self._asked = [site if name == before else name for name in self._asked]
+            self._names[before] = site
             self._changed = True
 
     def replied(self, site: str) -> None:
         """Count a site's reply; one that fails as well does not count."""
         with self._lock:
             if site not in self._replied and site not in self._failed:
-                self._replied.append(site)
+                self._replied[site] = None
                 self._changed = True
 
     def failed(self, server_round: int, phase: str, site: str, reason: str) -> None:
@@ -156,7 +159,7 @@ class Live(Listener):
             self._failures.append(failure)
             if site != ALL_SITES:
                 self._failed.setdefault(site, reason)
-                self._replied = [name for name in self._replied if name != site]
+                self._replied.pop(site, None)
             self._changed = True
 
     def round_ended(self, server_round: int, rows: Sequence[Row]) -> None:
@@ -184,7 +187,8 @@ class Live(Listener):
         self._phase = phase
         # A site may be sent several messages.
         self._asked = list(dict.fromkeys(sites))
-        self._replied = []
+        self._names = {}
+        self._replied = {}
         self._failed = {}
         self._changed = True
 
@@ -208,8 +212,8 @@ class Live(Listener):
             "round": self._round,
             "rounds": self._rounds,
             "phase": self._phase,
-            "asked": self._asked,
-            "replied": list(self._replied),
+            "asked": [self._names.get(site, site) for site in self._asked],
+            "replied": [*self._replied],
             "failed": [{"site": site, "reason": why} for site, why in self._failed.items()],
             "failures": list(self._failures),
             "seconds_left": self._time_left.at(self._rounds, seconds) if running else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import math
@@ -27,10 +29,13 @@ from fedmed_flower.errors import FormatError, InputError, shown
 from fedmed_flower.files import LOG as LOG
 from fedmed_flower.files import (
     MALFORMED,
+    MOST_TABLE,
     MOST_TEXT,
     StoredMembers,
+    cell_text,
     open_file,
     read_file,
+    read_lines,
     read_object,
     replacing,
     require_format,
@@ -39,15 +44,17 @@ from fedmed_flower.files import (
 )
 from fedmed_flower.files import METRICS as METRICS
 from fedmed_flower.files import SUMMARY as SUMMARY
-from fedmed_flower.server.history import Failure, History, Note, Stop, Sum
+from fedmed_flower.server.history import COLUMNS, Failure, History, Note, Stop, Sum
 from fedmed_flower.server.traffic import traffic_of
 from fedmed_flower.wire import Sent
 
 # An environment variable: the folder for a strategy that was given none. `fedmed run` sets it.
 DEFAULT_FOLDER = "FEDMED_RUN_DIR"
-# Of config.toml, summary.json and checkpoint.zip: to be raised whenever an earlier version of this
-# package would misread one of them. Folders from before formats were named count as 0.
+# Of config.toml and summary.json: to be raised whenever an earlier version of this package would
+# misread one of them. Folders from before formats were named count as 0.
 FORMAT = 1
+# Of checkpoint.zip. From 2 on the rows of the history are a member of their own: they may be many.
+CHECKPOINT_FORMAT = 2
 CHECKPOINT = "checkpoint.zip"
 MODEL = "model.safetensors"
 PREDICTOR = "predictor.zip"
@@ -289,18 +296,17 @@ class RunFolder:
         """Write a checkpoint and the table of metrics that belongs to it.
 
         The checkpoint is one file, so its parts cannot disagree: a zip archive with the ``.npy``
-        bytes of each array, and the rest as JSON.
+        bytes of each array, the rows of the history as in ``metrics.csv``, and the rest as JSON.
         """
         records = {"arrays": checkpoint.arrays} | {
             f"state/{name}": record for name, record in checkpoint.strategy_state.items()
         }
         state = {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "round": checkpoint.server_round,
             "seed": checkpoint.seed,
             "metrics": checkpoint.metrics,
             "sites": list(checkpoint.site_names.items()),
-            "rows": checkpoint.history.rows,
             "failures": [asdict(failure) for failure in checkpoint.history.failures],
             "notes": [asdict(note) for note in checkpoint.history.notes],
             "sums": [asdict(sum) for sum in checkpoint.history.sums],
@@ -317,12 +323,19 @@ class RunFolder:
             zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED) as archive,
         ):
             archive.writestr("state.json", json.dumps(state))
+            with archive.open(METRICS, "w") as table:
+                table.writelines(checkpoint.history.table())
             for name, record in records.items():
                 for number, array in enumerate(record.values()):
                     archive.writestr(f"{name}/{number}.npy", array.data)
             for number, blob in enumerate(checkpoint.client_states.values()):
                 archive.writestr(f"clients/{number}.bin", blob)
-        self.write(METRICS, checkpoint.history.to_csv())
+        self.write_metrics(checkpoint.history)
+
+    def write_metrics(self, history: History) -> None:
+        """Write ``metrics.csv``: the numbers of all sites and rounds."""
+        with replacing(self.path / METRICS) as temporary, temporary.open("xb") as file:
+            file.writelines(history.table())
 
     def load(self) -> Checkpoint | None:
         """Return the last checkpoint, or None if there is none.
@@ -337,7 +350,7 @@ class RunFolder:
             with open_file(self.path, CHECKPOINT, _MOST_CHECKPOINT) as file:
                 members = StoredMembers(file)
                 state = json.loads(members.pop("state.json", MOST_TEXT))
-                require_format(self.checkpoint_file, state.get("format", 0), FORMAT)
+                require_format(self.checkpoint_file, state.get("format", 0), CHECKPOINT_FORMAT)
                 return _checkpoint(state, members)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -387,6 +400,8 @@ def _checkpoint(state: dict[str, Any], members: StoredMembers) -> Checkpoint:
         key: members.pop(f"clients/{number}.bin", _MOST_STATE)
         for number, key in enumerate(state["clients"])
     }
+    # Before format 2 they were a part of state.json.
+    given = state["rows"] if "rows" in state else [*_rows_of(members)]
     if members.left:
         raise ValueError(f"state.json does not name its member {min(members.left)}")
     failures = [
@@ -407,7 +422,7 @@ def _checkpoint(state: dict[str, Any], members: StoredMembers) -> Checkpoint:
     ]
     rows = [
         (_whole(number, _MOST_ROUND), str(phase), str(site), str(metric), float(value))
-        for number, phase, site, metric, value in state["rows"]
+        for number, phase, site, metric, value in given
     ]
     history = History(
         rows=rows,
@@ -429,6 +444,17 @@ def _checkpoint(state: dict[str, Any], members: StoredMembers) -> Checkpoint:
         {name.removeprefix("state/"): record for name, record in records.items()},
         _strategy(state.get("strategy")),
     )
+
+
+def _rows_of(members: StoredMembers) -> Iterator[tuple[int, str, str, str, float]]:
+    """Yield the rows of a history, read line by line."""
+    with io.TextIOWrapper(members.open(METRICS, MOST_TABLE), "utf-8", newline="") as text:
+        lines = csv.reader(read_lines(text))
+        if next(lines, None) != [*COLUMNS]:
+            raise ValueError(f"its member {METRICS} does not begin with the names of its columns")
+        for number, phase, *names, value in lines:
+            site, metric = map(cell_text, names)
+            yield int(number), cell_text(phase), site, metric, float(value)
 
 
 def _strategy(table: Any) -> dict[str, Any]:

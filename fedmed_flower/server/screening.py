@@ -8,9 +8,9 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedmed_flower.arrays.views import Forms, form_of
+from fedmed_flower.arrays.views import Forms, form_of, record_of, records_of
 from fedmed_flower.data.site import in_simulation
 from fedmed_flower.metrics.names import is_pooled_only
 from fedmed_flower.metrics.pooling import check_counts
@@ -57,15 +57,14 @@ def screen(
     )
     if excess is not None:
         return excess
-    metrics = list(reply.content.metric_records.values())
+    metrics = list(records_of(reply.content, MetricRecord).values())
     if len(metrics) != 1:
         return f"the reply has {len(metrics)} metric records instead of one"
     reason = _screen_weight(metrics[0], weighted_by_key, layout is not None)
     if reason is not None:
         return reason
     for name, value in metrics[0].items():
-        numbers = value if isinstance(value, list) else [value]
-        if not all(_fits(number) for number in numbers):
+        if not _fits(value if isinstance(value, list) else [value]):
             return f"{name} is an integer beyond 64 bits"
     if layout is None:
         return check_counts(metrics[0])
@@ -74,7 +73,7 @@ def screen(
 
 def metrics_excess(content: RecordDict) -> str | None:
     """Return why a reply's metrics are too many, or their names too long; None if they are not."""
-    for record in content.metric_records.values():
+    for record in records_of(content, MetricRecord).values():
         if len(record) > MOST_METRICS:
             return f"the reply has {len(record):,} metrics, at most {MOST_METRICS:,} are taken"
         longest = max(map(len, record), default=0)
@@ -100,7 +99,7 @@ def screen_arrays(
     reply: Message, layout: ArrayRecord, companions: Mapping[str, ArrayRecord]
 ) -> str | None:
     """Return why the arrays of a reply with content cannot be used; None if they can."""
-    records = reply.content.array_records
+    records = records_of(reply.content, ArrayRecord)
     for name, wanted in companions.items():
         if name not in records:
             return f"the reply has no array record {name}"
@@ -115,7 +114,7 @@ def screen_arrays(
 
 def model_of(reply: Message, companions: Collection[str]) -> ArrayRecord:
     """Return the model in a reply that passed `screen`: the record that is no companion."""
-    records = reply.content.array_records
+    records = records_of(reply.content, ArrayRecord)
     return next(arrays for name, arrays in records.items() if name not in companions)
 
 
@@ -146,9 +145,12 @@ def _screen_weight(metrics: MetricRecord, key: str, training: bool) -> str | Non
     return None
 
 
-def _fits(number: float) -> bool:
-    # Flower's wire format has 64 bits; a run in one process hands over any integer.
-    return not isinstance(number, int) or -(2**63) <= number < 2**63
+def _fits(numbers: Sequence[float]) -> bool:
+    # Flower's wire format has 64 bits; a run in one process hands over any integer. The numbers of
+    # a list are of one type.
+    if not numbers or not isinstance(numbers[0], int):
+        return True
+    return min(numbers) >= -(2**63) and max(numbers) < 2**63
 
 
 def _layout_flaw(arrays: ArrayRecord, layout: ArrayRecord) -> str | None:
@@ -225,14 +227,14 @@ def _form(value: object) -> int | None:
 
 def metrics_of(reply: Message) -> MetricRecord:
     """Return the only metric record of a reply that passed `screen`."""
-    return next(iter(reply.content.metric_records.values()))
+    return next(iter(records_of(reply.content, MetricRecord).values()))
 
 
 def first_arrays(replies: Iterable[Message]) -> ArrayRecord | None:
     """Return the first arrays among the replies that can be read; None if there are none."""
     for reply in replies:
         if not reply.has_error() and reply.has_content():
-            for arrays in reply.content.array_records.values():
+            for arrays in records_of(reply.content, ArrayRecord).values():
                 if _layout_flaw(arrays, arrays) is None:
                     return arrays
     return None
@@ -289,15 +291,15 @@ def with_shared_metrics(
     dropped = {name for name in reported - {*names} if "@" not in name and not is_pooled_only(name)}
     if dropped:
         log.warning("not in every reply, so not averaged: %s", ", ".join(sorted(dropped)))
-    metrics_key = next(iter(replies[0].content.metric_records))
-    arrays_key = next(iter(replies[0].content.array_records), None)
+    metrics_key = next(iter(records_of(replies[0].content, MetricRecord)))
+    arrays_key = next(iter(records_of(replies[0].content, ArrayRecord)), None)
     given: list[float] = [metrics_of(reply)[weighted_by_key] for reply in replies]  # type: ignore[misc]
     wanted = capped(given, share) if weights is None else weights
     messages = []
     for reply, given_weight, weight in zip(replies, given, wanted, strict=True):
-        content = RecordDict(dict(reply.content.config_records.items()))
-        for arrays in reply.content.array_records.values():
-            content[arrays_key or "arrays"] = ArrayRecord(dict(arrays))
+        content = RecordDict({**records_of(reply.content, ConfigRecord)})
+        for arrays in records_of(reply.content, ArrayRecord).values():
+            content[arrays_key or "arrays"] = record_of(arrays)
         metrics = {name: metrics_of(reply)[name] for name in names}
         # An integer stays an integer, so that Flower's averages are equal to the bit.
         weight = given_weight if given_weight == weight else weight
@@ -310,8 +312,8 @@ def with_shared_metrics(
 
 def without_arrays(reply: Message) -> Message:
     """Return a copy that does not hold the reply's arrays."""
-    content = RecordDict(dict(reply.content.config_records.items()))
-    for key, metrics in reply.content.metric_records.items():
+    content = RecordDict({**records_of(reply.content, ConfigRecord)})
+    for key, metrics in records_of(reply.content, MetricRecord).items():
         content[key] = metrics
     message = copy.copy(reply)
     message.content = content
@@ -321,5 +323,5 @@ def without_arrays(reply: Message) -> Message:
 def with_arrays(reply: Message, arrays: ArrayRecord) -> Message:
     """Return a copy that holds `arrays` alone, under the name of the reply's first record."""
     message = without_arrays(reply)
-    message.content[next(iter(reply.content.array_records))] = arrays
+    message.content[next(iter(records_of(reply.content, ArrayRecord)))] = arrays
     return message

@@ -11,6 +11,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
+from fedmed_flower.arrays.views import records_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.wire import ALL_SITES, SITE_RECORD, read_error
 
@@ -126,7 +127,7 @@ def learn_name(
     if reply.has_error():
         name: object = read_error(reply.error.reason or "")[0]
     elif reply.has_content():
-        name = reply.content.config_records.get(SITE_RECORD, ConfigRecord()).get("name")
+        name = records_of(reply.content, ConfigRecord).get(SITE_RECORD, ConfigRecord()).get("name")
     else:
         return
     if not isinstance(name, str) or not name.strip():

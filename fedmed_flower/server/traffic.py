@@ -98,7 +98,9 @@ def _size(value: Any) -> int:
     if isinstance(value, Array):
         return len(value.data)
     if isinstance(value, list):
-        return sum(map(_size, value))
+        # Flower's lists hold values of one type.
+        of_texts = bool(value) and isinstance(value[0], str | bytes)
+        return sum(map(len, value)) if of_texts else _NUMBER * len(value)
     return len(value) if isinstance(value, str | bytes) else _NUMBER
 
 

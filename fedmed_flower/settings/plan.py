@@ -155,6 +155,13 @@ class Plan(Section):
         "Share of the entries of each array that `top-k` keeps; at least one.",
         Within(0.0, 1.0, above=True),
     )
+    server_memory_gigabytes: float = setting(
+        0.0,
+        "Most memory for the replies of a round at the server, if the strategy needs all at once; "
+        "the others are read from files. 0: half of what the machine has available.",
+        Within(0.0),
+        "GB",
+    )
 
     @property
     def trackers(self) -> tuple[str, ...]:

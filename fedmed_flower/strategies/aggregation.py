@@ -133,8 +133,7 @@ def mean_one_by_one(
             reject(reply.site, flaw, False)
             continue
         mean.add(reply.arrays, reply.weight)
-        reply.message = without_arrays(reply.message)
-        reply.arrays = ArrayRecord()
+        reply.drop_arrays()
         reply.used = True
         added.append(reply)
     return mean, added

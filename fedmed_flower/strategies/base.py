@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from flwr.serverapp import strategy as flower
 from fedmed_flower.arrays.compression import NONE, code_of
 from fedmed_flower.arrays.packing import Packing
 from fedmed_flower.arrays.updates import Updates
-from fedmed_flower.arrays.views import keep_dtypes, own_content
+from fedmed_flower.arrays.views import keep_dtypes, own_content, record_of, records_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.methods.base import Method
 from fedmed_flower.methods.registry import method_of
@@ -33,7 +33,7 @@ from fedmed_flower.server.history import History, Stop
 from fedmed_flower.server.inbox import SUM_NODE, AcceptedReply, Inbox
 from fedmed_flower.server.listener import Listener
 from fedmed_flower.server.listeners import Ending, Listeners
-from fedmed_flower.server.run_folder import DEFAULT_FOLDER, METRICS, Checkpoint, RunFolder
+from fedmed_flower.server.run_folder import DEFAULT_FOLDER, Checkpoint, RunFolder
 from fedmed_flower.server.screening import (
     first_arrays,
     metrics_of,
@@ -42,6 +42,7 @@ from fedmed_flower.server.screening import (
 )
 from fedmed_flower.server.secure import SecureSums
 from fedmed_flower.server.sites import app_name, draw, nobody_left, shortfall, wait_for_sites
+from fedmed_flower.server.spill import Spill
 from fedmed_flower.server.validation import Validation
 from fedmed_flower.settings.plan import IN_ITS_ROUND, WITH_NEXT
 from fedmed_flower.settings.section import MOST_EXPONENT
@@ -150,6 +151,8 @@ class RunState:
         The run's secure sums; None if sites reply in plain.
     method : MethodState
         What the server knows of the method for hospitals that differ.
+    spill : Spill or None
+        Where the replies of the last training exchange are; None before the first.
     selection : Selection
         Which round's model is the best so far.
     """
@@ -169,6 +172,7 @@ class RunState:
     waiting: ReplyBuffer | None = None
     secure: SecureRounds | None = None
     method: MethodState = field(default_factory=MethodState)
+    spill: Spill | None = None
     selection: Selection = field(default_factory=Selection)
 
 
@@ -240,6 +244,10 @@ class FedAvg(flower.FedAvg):
     validate : {"own", "next"}
         When the model of a round is validated: in an exchange of its own; or by the sites that are
         sent it in the next round, with their training. See ``docs/guides/validate-next.md``.
+    memory_gigabytes : float
+        Most memory for the arrays of a round's replies, in 10^9 bytes, if the rule needs all at
+        once. Those beyond it are read from a file without a name in `run_dir`; the model is the
+        same to the bit. Not in asynchronous rounds. 0: half of what the machine has available.
 
     Attributes
     ----------
@@ -325,6 +333,7 @@ class FedAvg(flower.FedAvg):
         secure: str = OFF,
         secure_exponent: int = -2,
         validate: str = IN_ITS_ROUND,
+        memory_gigabytes: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs | minima(super().__init__, args, kwargs))
@@ -367,6 +376,11 @@ class FedAvg(flower.FedAvg):
         self.validate = validate
         # Of a run in which hospitals were greeted before the first round too.
         self._sums: SecureSums | None = None
+        if not 0 <= memory_gigabytes < math.inf:
+            raise InputError(
+                f"memory_gigabytes must be at least 0 and finite, got {memory_gigabytes}"
+            )
+        self.memory_gigabytes = memory_gigabytes
         self.quorum = quorum
         self.grace = grace
         self.max_weight_share = max_weight_share
@@ -502,8 +516,11 @@ class FedAvg(flower.FedAvg):
             # For the first strategy of an app alone: two would overwrite each other.
             self.folder = RunFolder(Path(path))
             self.folder.require_unused()
+        # From here on only the app may hold the initial model, which the rounds replace.
+        self.result = flower.Result(arrays=initial_arrays)
+        del initial_arrays
         with self.listeners.run() as ending:
-            self._run(grid, initial_arrays, num_rounds, timeout, configs, evaluate_fn)
+            self._run(grid, num_rounds, timeout, configs, evaluate_fn)
             self._describe_end(ending)
         leave_result(grid, self.result, self.folder)
         return self.result
@@ -511,7 +528,6 @@ class FedAvg(flower.FedAvg):
     def _run(
         self,
         grid: Grid,
-        initial_arrays: ArrayRecord,
         num_rounds: int,
         timeout: float,
         configs: dict[int, ConfigRecord],
@@ -522,11 +538,10 @@ class FedAvg(flower.FedAvg):
         self.run = RunState(timeout, selection=selection)
         self.inbox.history = History()
         self.inbox.declined = set()
-        self.result = flower.Result(arrays=initial_arrays)
         # An earlier run of this object must leave no state behind.
         self.import_state({})
         self.run.strategy = checkpoints.arguments_of(self)
-        first = self._restore(grid, initial_arrays) + 1
+        first = self._restore(grid, self.result.arrays) + 1
         self._set_clock(grid)
         if self.buffer:
             self.run.waiting = ReplyBuffer(
@@ -549,7 +564,7 @@ class FedAvg(flower.FedAvg):
         self.run.told = len(self.history.rows)
         if first == 1 and evaluate_fn is not None:
             self._add_metrics(
-                0, "evaluate_metrics_serverapp", evaluate_fn(0, initial_arrays), "server"
+                0, "evaluate_metrics_serverapp", evaluate_fn(0, self.result.arrays), "server"
             )
         for server_round in range(first, num_rounds + 1):
             reason = self._reason_to_end(grid)
@@ -562,8 +577,10 @@ class FedAvg(flower.FedAvg):
                 self._stop(grid, Stop(server_round - 1, " ".join(reason.split())))
                 break
             began = time.perf_counter()
-            before = arrays = self.result.arrays
+            arrays = self.result.arrays
             due = self._due(server_round)
+            # No further reference to a model that nobody needs any more.
+            before = arrays if due and selection.by_hospitals else None
             aggregated, metrics, asked = self._train(grid, server_round, arrays, configs[_TRAIN])
             if aggregated is not None:
                 self.result.arrays = arrays = aggregated
@@ -584,8 +601,9 @@ class FedAvg(flower.FedAvg):
                 self._add_metrics(server_round, "evaluate_metrics_serverapp", metrics, "server")
             if validated == server_round or not selection.by_hospitals:
                 self._compare(server_round, arrays)
-            elif validated:
+            elif before is not None:
                 self._compare(validated, before)
+            before = None
             self._save(grid, server_round)
             seconds = time.perf_counter() - began
             line = self.history.describe(server_round, validated or None)
@@ -873,7 +891,8 @@ class FedAvg(flower.FedAvg):
             ``{site: {metric: value}}``, with ``"all"`` for all sites together.
         """
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: ConfigRecord()})
-        content.config_records[self.configrecord_key].update({**(config or {}), SPLIT: "test"})
+        record = records_of(content, ConfigRecord)[self.configrecord_key]
+        record.update({**(config or {}), SPLIT: "test"})
         server_round = max((row[0] for row in self.history.rows), default=0)
         messages = [
             Message(own_content(content), node_id, MessageType.EVALUATE)
@@ -991,8 +1010,17 @@ class FedAvg(flower.FedAvg):
         replies = self.inbox.collect(
             grid, messages, self.run.timeout, server_round, phase, self.quorum, self.grace
         )
-        streamed = phase == "train" and len(messages) > STREAM_ABOVE and self.is_plain_mean
-        return replies if streamed else list(replies)
+        if phase != "train":
+            return list(replies)
+        if len(messages) > STREAM_ABOVE and self.is_plain_mean:
+            return replies
+        self.run.spill = Spill(
+            self.memory_gigabytes, None if self.folder is None else self.folder.path
+        )
+        if self.compression != NONE:
+            # They are small, and become large when they are unpacked.
+            return list(replies)
+        return [self.run.spill.message(reply) for reply in replies]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -1013,6 +1041,8 @@ class FedAvg(flower.FedAvg):
         self.run.server_round = server_round
         try:
             combined = self._combined(server_round, replies)
+            # Their arrays need not stay in memory during a server optimiser's step.
+            del replies
             if combined.model is None:
                 return None, None
             metrics = average_metrics(
@@ -1094,7 +1124,7 @@ class FedAvg(flower.FedAvg):
         sent = self.run.sent_arrays
         if not self._unsent or sent is None:
             return arrays
-        return ArrayRecord({key: arrays.get(key) or sent[key] for key in sent})
+        return record_of({key: arrays.get(key) or sent[key] for key in sent})
 
     def choose(
         self, nodes: Collection[int], count: int, server_round: int, training: bool
@@ -1350,7 +1380,7 @@ class FedAvg(flower.FedAvg):
         for message in messages:
             site = self.site_name(message.metadata.dst_node_id)
             taken = self.run.method.taken.get(site, 0)
-            config = message.content.config_records[self.configrecord_key]
+            config = records_of(message.content, ConfigRecord)[self.configrecord_key]
             config.update(config_of(self.method, self.keep, self.keep_sent, taken, own))
 
     def _trained(self, model: ArrayRecord) -> list[str]:
@@ -1429,7 +1459,7 @@ class FedAvg(flower.FedAvg):
     def _combined_together(
         self, replies: Iterable[AcceptedReply], layout: ArrayRecord | None
     ) -> Combined:
-        accepted = self.inbox.in_order(replies)
+        accepted = self.inbox.in_order(self._unpacked_in_memory(replies))
         self.run.faulty = self.inbox.malformed
         if self.run.secure is not None:
             self.run.faulty += self.run.secure.spoilt
@@ -1449,8 +1479,20 @@ class FedAvg(flower.FedAvg):
             self._suffice,
             self._reject,
         )
+        for reply in combined.replies:
+            reply.drop_arrays()
         self.inbox.record(self.run.server_round, "train", combined.replies)
         return combined
+
+    def _unpacked_in_memory(self, replies: Iterable[AcceptedReply]) -> Iterator[AcceptedReply]:
+        """Yield replies; of those that were unpacked, what is beyond the bound is in files."""
+        for reply in replies:
+            if self.compression != NONE and self.run.spill is not None:
+                kept = self.run.spill.records({"": reply.arrays, **reply.companions})
+                reply.arrays = kept.pop("")
+                reply.message = with_arrays(reply.message, reply.arrays)
+                reply.companions = kept
+            yield reply
 
     def _rule(
         self, replies: list[AcceptedReply], updates: Updates, weights: list[float]
@@ -1556,7 +1598,7 @@ class FedAvg(flower.FedAvg):
         self.run.halted = f"round {server_round}, {phase}: {reason}"
         if self.folder is not None:
             # No checkpoint: a run that goes on repeats the round.
-            self.folder.write(METRICS, self.history.to_csv())
+            self.folder.write_metrics(self.history)
             self.folder.write_model(self.result.arrays)
         return True
 

@@ -40,6 +40,7 @@ _FREE = {
     "min_replies",
     "quorum",
     "grace",
+    "memory_gigabytes",
     "target_epsilon",
 }
 

@@ -1,7 +1,8 @@
 """One way to ask: who answers, who does not and why, how long is waited."""
 
+import numpy as np
 import pytest
-from builders import FakeGrid, error_reply
+from builders import FakeGrid, arrays, error_reply
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
@@ -195,3 +196,13 @@ def test_few_replies_are_pulled_at_a_time(monkeypatch):
     messages = [Message(RecordDict(), 1, "train") for _ in range(50)]
     assert len(list(Exchange(grid, messages, 5))) == 50
     assert grid.most == 20
+
+
+def test_replies_with_large_models_are_pulled_one_or_two_at_a_time(monkeypatch):
+    monkeypatch.setattr(module, "_BYTES_TOGETHER", 1000)
+    for size, most in ((20, 6), (300, 2), (1000, 1)):
+        grid = Slow([1] * 10, monkeypatch)
+        content = RecordDict({"arrays": arrays(w=np.zeros(size, np.uint8))})
+        messages = [Message(content, 1, "train") for _ in range(10)]
+        assert len(list(Exchange(grid, messages, 5))) == 10
+        assert grid.most == most

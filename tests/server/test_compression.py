@@ -278,6 +278,24 @@ def test_companions_are_coded_as_the_model_is(compression):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("kind", [Controlled, FedMedian])
+def test_codes_that_are_unpacked_into_files_make_the_same_model(kind, tmp_path):
+    results = []
+    for bound in (1.0, 1e-9):
+        options = {
+            "compression": "int8",
+            "memory_gigabytes": bound,
+            "run_dir": tmp_path / f"{bound}",
+        }
+        strategy = kind(**options) if kind is Controlled else kind(seed=1, **options)
+        run(strategy, coding_app("int8", control=kind is Controlled), MODEL, ROUNDS, SITES)
+        assert not [f for f in strategy.history.failures if f.phase == "train"]
+        assert bool(strategy.run.spill.spilled) == (bound < 1)
+        companions = {name: dump(one) for name, one in strategy.current_companions.items()}
+        results.append((dump(strategy.result.arrays), companions))
+    assert results[0] == results[1]
+
+
 def test_a_mean_of_many_sites_unpacks_each_reply_as_it_comes():
     results = []
     # With a limit of their lengths all changes must be known at once.

@@ -239,12 +239,16 @@ def test_a_checkpoint_of_an_earlier_version_says_nothing_of_an_early_stop(tmp_pa
     assert loaded.failures == a_checkpoint().history.failures
 
 
-def rewritten(folder, change):
-    """Save a checkpoint; return its bytes with another ``state.json``."""
+def rewritten(folder, change, rows="metrics.csv"):
+    """Save a checkpoint; return its bytes with another ``state.json``, and rows where they are."""
     folder.save(a_checkpoint())
     with zipfile.ZipFile(folder.checkpoint_file) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
-    files["state.json"] = json.dumps(change(json.loads(files["state.json"]))).encode()
+    state = change(json.loads(files["state.json"]))
+    if rows == "state.json":
+        del files["metrics.csv"]
+        state["rows"] = a_checkpoint().history.rows
+    files["state.json"] = json.dumps(state).encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in files.items():
@@ -452,7 +456,7 @@ def test_a_model_in_another_memory_order_is_written_as_it_reads(tmp_path):
 # --- Formats ------------------------------------------------------------------------------------
 
 CONFIG = '[run]\n{format}sites = 2\n\n[config]\nseed = 1\n\n[versions]\nflwr = "1.41"\n'
-LATER = "was written by a later fedmed-flower (format 2, this one reads up to 1): update"
+LATER = "was written by a later fedmed-flower (format 3, this one reads up to {}): update"
 
 
 def with_format(folder, number):
@@ -463,10 +467,11 @@ def with_format(folder, number):
     folder.write_json("summary.json", {"app": "hearts", **entry})
 
     def change(state):
-        assert state.pop("format") == 1
+        assert state.pop("format") == 2
         return state | entry
 
-    folder.checkpoint_file.write_bytes(rewritten(folder, change))
+    rows = "metrics.csv" if number == 2 else "state.json"
+    folder.checkpoint_file.write_bytes(rewritten(folder, change, rows))
 
 
 @pytest.mark.parametrize("number", [None, 0, 1])
@@ -480,14 +485,58 @@ def test_a_folder_of_an_earlier_format_or_of_none_is_read(number, tmp_path):
 
 def test_a_folder_of_a_later_format_is_refused_with_what_to_do(tmp_path):
     folder = RunFolder(tmp_path)
-    with_format(folder, 2)
-    for name, read in (
-        ("config.toml", folder.read_config),
-        ("summary.json", lambda: read_summary(tmp_path, "x")),
-        ("checkpoint.zip", folder.load),
+    with_format(folder, 3)
+    for name, newest, read in (
+        ("config.toml", 1, folder.read_config),
+        ("summary.json", 1, lambda: read_summary(tmp_path, "x")),
+        ("checkpoint.zip", 2, folder.load),
     ):
-        with pytest.raises(InputError, match=exactly(f"{tmp_path / name} {LATER} fedmed-flower")):
+        text = f"{tmp_path / name} {LATER.format(newest)} fedmed-flower"
+        with pytest.raises(InputError, match=exactly(text)):
             read()
+
+
+def test_rows_may_be_more_than_the_rest_of_a_checkpoint(tmp_path, monkeypatch):
+    """With two thousand sites they pass the bound of ``state.json`` after some forty rounds."""
+    monkeypatch.setattr("fedmed_flower.server.run_folder.MOST_TEXT", 4096)
+    checkpoint = a_checkpoint()
+    rows = [(n, "val", f"=site {n % 9}", "auc", n / 7) for n in range(1000)]
+    checkpoint.history.rows = rows
+    RunFolder(tmp_path).save(checkpoint)
+    assert RunFolder(tmp_path).load().history.rows == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "its member metrics.csv does not begin with the names of its columns"),
+        (b"round,phase,site,metric,value\r\n1,val,a,auc\r\n", "not enough values"),
+        (b"round,phase,site,metric,value\r\n-1,val,a,auc,1\r\n", "-1 is no whole number in 0.."),
+    ],
+)
+def test_damaged_rows_are_refused(tmp_path, text, reason):
+    folder = RunFolder(tmp_path)
+    folder.save(a_checkpoint())
+    with zipfile.ZipFile(folder.checkpoint_file) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder.checkpoint_file, "w") as archive:
+        for name, content in (files | {"metrics.csv": text}).items():
+            archive.writestr(name, content)
+    with pytest.raises(InputError, match=re.escape(reason)):
+        folder.load()
+
+
+def test_a_table_that_grows_is_that_of_all_rows():
+    history = History()
+    for number in range(1, 5):
+        history.add(number, "train", "'=a", {"loss": number / 3, "num-examples": 10 * number})
+        assert history.to_csv() == History(list(history.rows)).to_csv()
+        assert history.training_rows("'=a") == 10 * number
+    assert history.training_rows("b") is None
+    parts = history.table()
+    history.rows = history.rows[:2]
+    assert history.to_csv() == History(list(history.rows)).to_csv() != b"".join(parts)
+    assert history.training_rows("'=a") == 10
 
 
 @pytest.mark.parametrize("number", [-1, "1", True, 1.0])

@@ -1,5 +1,7 @@
+import gc
 import logging
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -321,6 +323,23 @@ def test_what_is_no_plain_mean_takes_many_replies_at_once(strategy):
     got, _ = strategy.aggregate_train(1, iter(sent))
     again, _ = strategy.aggregate_train(1, sent)
     assert dump(got) == dump(again)
+
+
+@pytest.mark.parametrize("rule", [FedAvg, FedMedian, GeometricMedian, FedAdam])
+def test_replies_leave_memory_without_the_collector_of_cycles(rule):
+    """It runs rarely in a process that has imported torch, and a reply may be gigabytes."""
+    sent = three(1.0, 2.0, 4.0, 7.0)
+    alive = [weakref.ref(each.content["arrays"]) for each in sent]
+    tried = configured(rule())
+    gc.collect()
+    gc.disable()
+    try:
+        got, _ = tried.aggregate_train(1, sent)
+        sent.clear()
+        assert got is not None
+        assert [each() for each in alive] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_memory_does_not_grow_with_the_number_of_replies():
