@@ -390,15 +390,15 @@ def test_a_folder_is_no_ledger(tmp_path, read_only):
 @pytest.mark.parametrize(
     "change",
     [
-        "UPDATE about SET value = 3 WHERE key = 'version'",
-        "PRAGMA user_version = 3",
+        "UPDATE about SET value = 4 WHERE key = 'version'",
+        "PRAGMA user_version = 4",
     ],
 )
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_ledger_of_a_later_version_is_refused(path, change, read_only):
     _about(path, change)
     text = (
-        f"{path} was written by a later fedmed-flower (format 3, this one reads up to 2): update "
+        f"{path} was written by a later fedmed-flower (format 4, this one reads up to 3): update "
         "fedmed-flower"
     )
     with pytest.raises(InputError, match=says(text)):
@@ -406,7 +406,7 @@ def test_a_ledger_of_a_later_version_is_refused(path, change, read_only):
 
 
 def test_what_else_a_later_ledger_holds_is_not_looked_at(path):
-    _about(path, "PRAGMA user_version = 3")
+    _about(path, "PRAGMA user_version = 4")
     _about_file(path, "CREATE TABLE news (x)")
     with pytest.raises(InputError, match="later fedmed-flower"):
         Ledger(path)
@@ -422,8 +422,8 @@ def test_a_ledger_of_another_version_is_refused(path, version):
     value = "NULL" if version is None else version
     _about(path, f"UPDATE about SET value = {value} WHERE key = 'version'")
     text = (
-        f"the ledger {path} has version {version}, this package reads version 2: use the version "
-        "of fedmed-flower that wrote it"
+        f"the ledger {path} has version {version}, this package reads versions 2 and 3: use the "
+        "version of fedmed-flower that wrote it"
     )
     with pytest.raises(InputError, match=says(text)):
         Ledger(path)
