@@ -12,6 +12,7 @@ from tiny import context_of, says, says_of_setting, see
 from fedmed_flower.data.site import Site
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.privacy.accounting import Release, epsilon_of
+from fedmed_flower.privacy.grid import divergence_of, excess_delta, grid_for
 from fedmed_flower.privacy.ledger import Ledger, Limit
 from fedmed_flower.privacy.patient import PatientPrivacy, budget_of, ledger_path
 from fedmed_flower.settings.privacy import PrivacySettings
@@ -342,6 +343,39 @@ def test_a_round_of_steps_has_so_many_and_noise_for_all_of_the_run(steps, batch_
     epochs = privacy.plan_training(range(100), round(steps * rate), batch_size, weights=7)
     if epochs.steps == steps:
         assert epochs == plan
+
+
+def test_the_grid_of_a_round_follows_from_the_numbers_of_the_run():
+    found = {}
+    for weights in (1_000, 100_000_000):
+        privacy = private(sampling_rate=0.5, target_epsilon=4.0, num_server_rounds=5)
+        plan = privacy.plan_training(range(100), 9, 25, 40, weights=weights)
+        std = plan.release.noise_multiplier * privacy.settings.max_grad_norm
+        run = weights * 40 * 5
+        grid = grid_for(std, run, 4.0, 1e-5)
+        assert plan.grid == grid.step <= std / 4
+        assert excess_delta(divergence_of(grid.deviation, run), 4.0) <= 1e-7
+        # A round costs its share of the run.
+        assert 5 * plan.divergence == pytest.approx(divergence_of(grid.deviation, run), rel=1e-6)
+        found[weights] = plan.grid
+    assert found[1_000] < found[100_000_000]
+
+
+def test_where_no_grid_is_coarse_enough_there_is_none_and_no_bound():
+    privacy = private(sampling_rate=0.5, target_epsilon=30.0, num_server_rounds=5)
+    plan = privacy.plan_training(range(100), 9, 25, 40, weights=100_000_000)
+    assert (plan.grid, plan.divergence) == (0.0, None)
+
+
+def test_the_ledger_keeps_what_a_round_is_off_from_exact_noise(tmp_path):
+    privacy = private(tmp_path, target_epsilon=4.0, num_server_rounds=5)
+    plan = privacy.plan_training(range(100), 1, 25, weights=1_000)
+    for number in (1, 2):
+        charge = (range(100), plan.release, plan.steps, "train", number, plan.divergence)
+        with privacy.charged(*charge):
+            pass
+    (entry,) = privacy.ledger.entries()
+    assert entry.divergence == pytest.approx(2 * plan.divergence)
 
 
 def test_too_many_steps_are_refused_with_the_setting_that_asks_for_them():
