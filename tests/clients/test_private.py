@@ -28,8 +28,10 @@ from torch import nn
 from fedmed_flower import InputError, MedicalClient, SiteData
 from fedmed_flower.clients.training import train_epochs, train_privately
 from fedmed_flower.data.site import LineNumber
+from fedmed_flower.methods.base import Method
 from fedmed_flower.privacy import optimizer
 from fedmed_flower.privacy.accounting import Release, epsilon_of
+from fedmed_flower.privacy.grid import divergence_once, excess_delta
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.optimizer import PatientOptimizer
 from fedmed_flower.privacy.patient import Mechanism
@@ -89,6 +91,35 @@ def private_steps(model, images, labels, patients, steps=3, clip=1e6, size=0, mu
     return train_privately(
         model, batch_of, patients, losses, optimizer, mechanism, PROBE, method=pulled(model, mu)
     )
+
+
+@pytest.mark.parametrize("grid", [0.0, 0.125])
+def test_the_gradients_of_private_training_lie_on_the_grid_of_its_plan(grid):
+    images, labels = table(8)
+    settings = PrivacySettings(privacy="patient", max_grad_norm=0.5)
+    mechanism = Mechanism(Release(1.0, 2.0), 3, 8, settings, grid)
+    model = linear()
+    seen = []
+
+    class Seeing(Method):
+        def before_step(self, model):
+            # Times the expected number of patients, they are the noised sums.
+            seen.extend(8 * p.grad.double() for p in model.parameters())
+
+    train_privately(
+        model,
+        lambda places: {"image": images[list(places)], "label": labels[list(places)]},
+        range(8),
+        losses,
+        torch.optim.SGD(model.parameters(), 0.1),
+        mechanism,
+        PROBE,
+        method=Seeing(),
+    )
+    numbers = torch.cat([one.flatten() for one in seen])
+    assert len(seen) == 3 * len(list(model.parameters()))
+    on_grid = numbers % 0.125 == 0
+    assert on_grid.all() if grid else not on_grid.any()
 
 
 def twin(model):
@@ -347,6 +378,9 @@ def test_a_client_trains_privately_by_run_config_alone(tmp_path):
     (entry,) = ledger_of(tmp_path).entries()
     ((release, steps),) = entry.releases.items()
     assert (entry.purpose, entry.patients, entry.rounds, entry.unsettled) == ("train", 10, 1, 0)
+    # A half of the run, whose arithmetic adds at most a hundredth to delta.
+    target = PrivacySettings().target_epsilon
+    assert 0 < excess_delta(2 * entry.divergence, target) <= 1e-6
     assert release.sampling_rate == 0.4
     assert steps == 5
     accountant = pld.PLDAccountant()
@@ -1012,6 +1046,7 @@ def test_private_metrics_are_near_the_true_ones_and_cost_other_patients(tmp_path
     assert noised["auc"] != exact["auc"]
     (entry,) = ledger_of(tmp_path).entries()
     assert (entry.purpose, entry.patients, entry.releases.total()) == ("val counts", 300, 1)
+    assert entry.divergence == divergence_once()
     assert error_of(client, context, "evaluate") == (
         "declined: the run's target-epsilon would be passed"
     )

@@ -17,6 +17,7 @@ from fedmed_flower import InputError, MedicalClient, SiteData
 from fedmed_flower.data.site import simulation
 from fedmed_flower.errors import FAILED
 from fedmed_flower.privacy.accounting import epsilon_of
+from fedmed_flower.privacy.grid import divergence_once
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.statistics import client as surveying
 from fedmed_flower.statistics import noised
@@ -360,6 +361,7 @@ class TestLedger:
         assert reply_of(Noised, request, tmp_path, **node).error.reason == f"site north: {FAILED}"
         (entry,) = Ledger(tmp_path / "data" / "privacy-ledger.sqlite", read_only=True).entries()
         assert (entry.purpose, entry.rounds, entry.unsettled) == ("statistics", 1, 1)
+        assert entry.divergence == pytest.approx(divergence_once())
 
     def test_past_the_budget_it_declines(self, tmp_path):
         (tmp_path / "data").mkdir()
