@@ -813,7 +813,7 @@ BAD_ROWS = [
 def test_rows_that_cannot_be_used_add_nothing_and_their_patients_count(
     tmp_path, monkeypatch, real, records
 ):
-    monkeypatch.setattr(optimizer, "gaussian", lambda count, std, generator: np.zeros(count))
+    monkeypatch.setattr(optimizer, "standard", lambda count, generator: np.zeros(count))
     good, start, moved = make_rows(9, 0), model_arrays()["1.weight"].numpy(), []
     for rows in (good, good + BAD_ROWS):
         folder = tmp_path / str(len(rows))
@@ -834,8 +834,8 @@ def test_rows_that_cannot_be_used_add_nothing_and_their_patients_count(
 
 
 def test_evaluation_with_noise_counts_the_rows_that_can_be_used(tmp_path, monkeypatch):
-    quiet = "fedmed_flower.metrics.classification.gaussian"
-    monkeypatch.setattr(quiet, lambda count, std, generator: np.zeros(count))
+    quiet = "fedmed_flower.metrics.classification.noised_once"
+    monkeypatch.setattr(quiet, lambda total, std: total)
     good, seen = make_rows(12, 0), []
     for rows in (good, good + BAD_ROWS):
         folder = tmp_path / str(len(rows))
