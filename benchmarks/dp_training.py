@@ -10,7 +10,9 @@ by GroupNorm and parameters that never get a gradient are frozen, for all alike.
 - vmap, loop: with the one or the other, whatever was chosen
 - hooks: Opacus's `GradSampleModule` and `DPOptimizer`. Without in-place activations and sums, which
   its hooks cannot follow.
-- secure: the same with Opacus's secure mode of noise, whose numbers are sums of four, as ours are
+- secure: the same with Opacus's secure mode of noise, whose numbers are sums of four
+- noise: `add_noise` alone, drawn in the step: one normal a weight on a grid of a 64th of the noise,
+  beside half the sum of four on no grid
 
 Milliseconds are medians over the repeats, ratios to a plain step medians of the ratios within a
 repeat, in which all take turns. Memory is what a step takes at most on top of model and batch,
@@ -54,6 +56,7 @@ from fedmed_flower.privacy.validate import with_group_norm
 Batch = Mapping[str, Tensor]
 Step = Callable[[], Any]
 NOISE, NORM, RATE = 1.0, 1.0, 0.01
+GRID = NOISE * NORM / 64
 LEVELS = {"channels": (16, 32, 64, 128), "strides": (2, 2, 2)}
 CNN_BATCHES = (64, 128, 256, 512)
 LABELS = 2
@@ -154,11 +157,24 @@ def plain(case: Case, batch: Batch, model: nn.Module) -> tuple[Step, None]:
     return step, None
 
 
+def patient_optimizer(case: Case, model: nn.Module, step: float = GRID) -> PatientOptimizer:
+    sgd = torch.optim.SGD(trained(model), RATE)
+    return PatientOptimizer(sgd, NOISE, NORM, case.batch, step)
+
+
+def noise_alone(case: Case, model: nn.Module, step: float) -> Step:
+    """Return what adds noise to sums of 0."""
+    optimizer = patient_optimizer(case, model, step)
+    for parameter in optimizer.params:
+        parameter.summed_grad = torch.zeros_like(parameter, dtype=torch.float64)
+    return optimizer.add_noise
+
+
 def private(
     case: Case, batch: Batch, model: nn.Module, method: str = "auto"
 ) -> tuple[Step, RecordGradients]:
     """Return a step as `train_privately` makes it; its first call chooses the method."""
-    optimizer = PatientOptimizer(torch.optim.SGD(trained(model), RATE), NOISE, NORM, case.batch)
+    optimizer = patient_optimizer(case, model)
     gradients = RecordGradients(model, loss, case.mixed_precision, method)
     size = PROBE if method == "loop" else case.batch
 
@@ -313,12 +329,45 @@ def compare(case: Case, args: argparse.Namespace) -> list[str]:
     cells = [case.name, f"{case.dims}D", str(case.batch), methods.get("ours", "fails")]
     cells.append(f"{1000 * statistics.median(times.get('plain', [math.nan])):.1f}")
     cells += [ratio(variant) for variant in VARIANTS if variant != "plain"]
+    cells += noise_cells(case, args.repeats)
     for variant in ("plain", "ours", "hooks"):
         wanted = args.memory and variant in times
         cells.append(f"{megabytes(case, variant):.0f}" if wanted else "")
     for variant, reason in failed.items():
         print(f"{case.name}, {variant} fails: {reason[:150]}", file=sys.stderr, flush=True)
     return cells
+
+
+def noise_cells(case: Case, repeats: int) -> list[str]:
+    """Return nanoseconds a weight of the noise, and their ratio to those of four normals, in turns.
+
+    CPU time: of a thread that is drawing alone.
+    """
+    _, model = case.batch_and_model()
+    weights = sum(p.numel() for p in trained(model))
+    steps = [noise_alone(case, model, grid) for grid in (GRID, 0.0)]
+    # A tenth of a million weights or more in each measurement.
+    count = 1 + 100_000 // weights
+    times: list[list[float]] = [[], []]
+    for number in range(repeats + 1):
+        for step, found in zip(steps, times, strict=True):
+            spent = cpu_seconds(step, count, case.device)
+            if number:
+                found.append(spent)
+    new, old = times
+    nanoseconds = 1e9 * statistics.median(new) / weights
+    ratio = statistics.median(a / b for a, b in zip(new, old, strict=True))
+    return [f"{nanoseconds:.0f}", f"{ratio:.2f}"]
+
+
+def cpu_seconds(step: Step, count: int, device: str) -> float:
+    """Return the CPU time of a step, as the mean of so many; on a GPU the time that it took."""
+    if device == "cuda":
+        return seconds(step, count, device)
+    began = time.process_time()
+    for _ in range(count):
+        step()
+    return (time.process_time() - began) / count
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -355,7 +404,8 @@ def main() -> None:
     began = time.time()
     head = ["network", "dimensions", "batch", "method here", "a plain step, ms"]
     head += ["here / plain", "vmap / plain", "loop / plain", "hooks / plain"]
-    head += ["hooks with secure noise / plain", "plain, MB", "here, MB", "hooks, MB"]
+    head += ["hooks with secure noise / plain", "noise, ns a weight", "noise / four normals"]
+    head += ["plain, MB", "here, MB", "hooks, MB"]
     rows = (compare(case, args) for case in cases(args))
     versions = ("torch", "monai", "opacus")
     documented.show("dp_training", head, rows, args, versions=versions)

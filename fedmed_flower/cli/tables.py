@@ -128,10 +128,12 @@ def print_ledger(console: Console, path: Path, ledger: Ledger, delta: float | No
     if delta is None:
         delta = 1e-5 if budget is None else budget.delta
     table = Table(title=f"{path}: epsilon per patient at delta {delta:g}", title_justify="left")
-    for name in ("since (UTC)", "run", "app", "on", "patients", "rounds", "steps", "epsilon"):
-        numbers = name in ("patients", "rounds", "steps", "epsilon")
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
-    for entry in ledger.entries():
+    texts = ("since (UTC)", "run", "app", "on")
+    for name in (*texts, "patients", "rounds", "steps", "epsilon", "delta +"):
+        table.add_column(name, justify="left" if name in texts else "right", overflow="fold")
+    entries = ledger.entries()
+    for entry in entries:
+        epsilon = epsilon_of(entry.releases, delta)
         rounds = f"{entry.rounds}"
         if entry.unsettled:
             rounds += f" ({entry.unsettled} interrupted)"
@@ -143,9 +145,15 @@ def print_ledger(console: Console, path: Path, ledger: Ledger, delta: float | No
             f"{entry.patients}",
             rounds,
             f"{entry.releases.total()}",
-            _show(epsilon_of(entry.releases, delta)),
+            _show(epsilon),
+            _show_excess(entry.divergence, epsilon),
         )
     console.print(table)
+    if entries:
+        console.print(
+            "delta +: by how much at most the computer's arithmetic raises delta; - where no bound "
+            "is known"
+        )
     spent = ledger.most(delta)
     text = f"highest epsilon of a patient, all runs together: {_show(spent)}"
     if budget is not None and budget.delta == delta:
@@ -154,6 +162,12 @@ def print_ledger(console: Console, path: Path, ledger: Ledger, delta: float | No
     console.print(text if budget else f"{text}; no budget was set")
     if plain := ledger.plain():
         _print_plain(console, plain, ledger.most_plain())
+
+
+def _show_excess(divergence: float | None, epsilon: float) -> str:
+    from fedmed_flower.privacy.grid import excess_delta
+
+    return "-" if divergence is None else f"{excess_delta(divergence, epsilon):.1g}"
 
 
 def _print_plain(console: Console, plain: list[Plain], most: int) -> None:

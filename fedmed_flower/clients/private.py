@@ -23,6 +23,7 @@ from fedmed_flower.data.site import patient_text, patients_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.models.device import half_precision, make_optimizer
 from fedmed_flower.privacy.gradients import PROBE, Batch
+from fedmed_flower.privacy.grid import divergence_once
 from fedmed_flower.privacy.ledger import TRAIN
 from fedmed_flower.privacy.patient import Mechanism, PatientPrivacy, budget_of
 from fedmed_flower.privacy.validate import first_changed, held
@@ -97,13 +98,23 @@ def train_protected(
     if share is None:
         purpose = TRAIN
         mechanism = privacy.plan_training(
-            patients, settings.local_epochs, settings.batch_size, settings.local_steps
+            patients,
+            settings.local_epochs,
+            settings.batch_size,
+            settings.local_steps,
+            weights=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
     else:
         purpose = share.purpose
         mechanism = Mechanism(share.release, 1, len(patients), client.privacy)
-    charge = (patients, mechanism.release, mechanism.steps, purpose, _round(config))
-    with privacy.charged(*charge):
+    with privacy.charged(
+        patients,
+        mechanism.release,
+        mechanism.steps,
+        purpose,
+        _round(config),
+        mechanism.divergence,
+    ):
         rows = usable_rows(client, "train", probe, alike=True)
         client.seed_transforms(rows.prepared, secrets.randbits(32))
         before = held(model)
@@ -159,7 +170,8 @@ def measure_protected(
         return {"num-examples": 0}
     privacy = _privacy(client, config)
     release = privacy.plan_evaluation(split)
-    with privacy.charged(patients, release, 1, f"{split} counts", _round(config)):
+    purpose = f"{split} counts"
+    with privacy.charged(patients, release, 1, purpose, _round(config), divergence_once()):
         rows = usable_rows(client, split, probe)
         noise = release.noise_multiplier
         return client.measure_privately(model, rows.prepared, rows.patients, noise)

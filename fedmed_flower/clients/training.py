@@ -321,7 +321,11 @@ class _PatientSteps:
         )
         expected = self._sampler.expected
         self.optimizer = PatientOptimizer(
-            optimizer, release.noise_multiplier, settings.max_grad_norm, expected
+            optimizer,
+            release.noise_multiplier,
+            settings.max_grad_norm,
+            expected,
+            mechanism.grid,
         )
         self.gradients = RecordGradients(model, loss, mixed_precision)
         drawn = max(1, round(expected))

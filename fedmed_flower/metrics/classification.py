@@ -27,7 +27,7 @@ from fedmed_flower.metrics.auc import (
     ordered_pairs,
 )
 from fedmed_flower.metrics.names import CONFUSION, COUNTS, GRID, KAPPA
-from fedmed_flower.privacy.noise import gaussian, secure_generator
+from fedmed_flower.privacy.noise import noised_once
 
 _NOISED_BINS = 32
 NOISED_EDGES = np.linspace(-8.0, 8.0, _NOISED_BINS + 1)
@@ -220,8 +220,8 @@ def noised_counts(
         parts.append(confusion.ravel())
         length = math.sqrt(num_classes + 1)
     counts = np.concatenate(parts)
-    counts += gaussian(counts.size, noise_multiplier * length, secure_generator())
-    return [float(count) for count in counts]
+    noised = noised_once(counts, noise_multiplier * length)
+    return [float(count) for count in noised]
 
 
 def noised_metrics(counts: ArrayLike, ordered: bool = False) -> dict[str, float]:

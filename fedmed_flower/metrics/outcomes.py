@@ -28,7 +28,7 @@ from fedmed_flower.metrics.names import (
     in_groups,
 )
 from fedmed_flower.metrics.types import Floats
-from fedmed_flower.privacy.noise import gaussian, secure_generator
+from fedmed_flower.privacy.noise import noised_once
 
 # The fewest and the most columns of outputs.
 _COLUMNS = {"binary": (1, 2), "multi-class": (2, math.inf), "continuous": (1, 1), "count": (1, 1)}
@@ -389,7 +389,7 @@ def noised_errors(
     row_counts = Counter(patients)
     share = np.asarray([1 / row_counts[patient] for patient in patients])
     sums: Floats = np.asarray([share.sum(), share @ errors])
-    sums += gaussian(sums.size, noise * math.sqrt(sums.size), secure_generator())
+    sums = noised_once(sums, noise * math.sqrt(sums.size))
     return [float(sums[0]), float(sums[1]) * width]
 
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.names import DICE, HD95, SURFACE, WORST
-from fedmed_flower.privacy.noise import gaussian, secure_generator
+from fedmed_flower.privacy.noise import noised_once
 
 
 def mask_scores(
@@ -196,8 +196,8 @@ def noised_dice(
     row_counts = Counter(patients)
     share = np.asarray([1 / row_counts[patient] for patient in patients])
     sums: NDArray[np.float64] = share @ np.clip(rows, 0.0, 1.0)
-    sums += gaussian(sums.size, noise_multiplier * math.sqrt(sums.size), secure_generator())
-    return [float(value) for value in sums]
+    noised = noised_once(sums, noise_multiplier * math.sqrt(sums.size))
+    return [float(value) for value in noised]
 
 
 def dice_of(sums: ArrayLike, classes: Sequence[str]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -23,8 +24,13 @@ from fedmed_flower.privacy.accounting import Release, epsilon_of, require_releas
 
 log = logging.getLogger("flwr.fedmed")
 
-_VERSION = 2
-_SCHEMA = """
+_VERSION = 3
+# The arithmetic of charges since version 3; one without a row has no bound that is known.
+_ROUNDING = (
+    "CREATE TABLE rounding (charge INTEGER PRIMARY KEY REFERENCES charges, "
+    "divergence REAL NOT NULL)"
+)
+_SCHEMA = f"""
 CREATE TABLE about (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE datasets (id INTEGER PRIMARY KEY, fingerprint TEXT UNIQUE NOT NULL,
   patients INTEGER NOT NULL);
@@ -40,6 +46,7 @@ CREATE INDEX charges_of_dataset ON charges (dataset);
 CREATE TABLE plain (id INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, run TEXT NOT NULL,
   app TEXT NOT NULL, purpose TEXT NOT NULL, dataset INTEGER NOT NULL REFERENCES datasets);
 CREATE TABLE runs (run TEXT PRIMARY KEY, time TEXT NOT NULL) WITHOUT ROWID;
+{_ROUNDING};
 """
 # SQLite makes this table itself, for AUTOINCREMENT.
 _COUNTER = "CREATE TABLE sqlite_sequence(name,seq)"
@@ -91,6 +98,9 @@ class Entry(NamedTuple):
     patients : int
     releases : Counter of Release
     dataset : int
+    divergence : float or None
+        How far the numbers are from numbers with exact noise, for `grid.excess_delta`. None if no
+        bound is known: for a charge of an earlier version, or noise that is rounded to no grid.
     """
 
     run: str
@@ -102,6 +112,7 @@ class Entry(NamedTuple):
     patients: int
     releases: Counter[Release]
     dataset: int
+    divergence: float | None
 
 
 class Plain(NamedTuple):
@@ -161,12 +172,14 @@ class Ledger:
                 self._create()
         with self._open() as connection:
             version = self._about(connection, "version")
+            if version == _VERSION - 1 and not read_only:
+                version = self._upgrade(connection)
         if type(version) is int:
             require_format(path, version, _VERSION)
-        if version != _VERSION:
+        if version not in (_VERSION - 1, _VERSION):
             raise InputError(
-                f"the ledger {path} has version {version}, this package reads version {_VERSION}: "
-                "use the version of fedmed-flower that wrote it"
+                f"the ledger {path} has version {version}, this package reads versions "
+                f"{_VERSION - 1} and {_VERSION}: use the version of fedmed-flower that wrote it"
             )
 
     def charge(
@@ -181,6 +194,7 @@ class Ledger:
         app: str = "",
         run_limit: Limit | None = None,
         budget: Limit | None = None,
+        divergence: float | None = None,
     ) -> int:
         """Record releases before anything of them is computed.
 
@@ -206,6 +220,9 @@ class Ledger:
             What this run may release about these patients.
         budget : Limit, optional
             What all runs together may release about any of these patients.
+        divergence : float, optional
+            How far the arithmetic takes all these numbers from numbers with exact noise (see
+            `privacy.grid`). None if no bound is known.
 
         Returns
         -------
@@ -222,6 +239,8 @@ class Ledger:
         require_release(*release)
         if count < 1:
             raise InputError(f"the number of releases must be at least 1, got {count}")
+        if divergence is not None and not 0 <= divergence < math.inf:
+            raise InputError(f"divergence must be at least 0 and finite, got {divergence}")
         with self._open() as connection:
             members, fingerprint, overlapping = self._find(connection, patients)
             self._store_budget(connection, budget)
@@ -244,7 +263,10 @@ class Ledger:
                     "noise_multiplier, releases) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     row,
                 )
-                return int(cursor.lastrowid or 0)
+                charge = int(cursor.lastrowid or 0)
+                if divergence is not None:
+                    connection.execute("INSERT INTO rounding VALUES (?, ?)", (charge, divergence))
+                return charge
         limit, epsilon = exceeded
         log.info(
             "declined: epsilon would come to %.3f at delta %g, above %g, %s",
@@ -416,22 +438,25 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """Return what each run released, oldest first."""
+        entries: dict[tuple[Any, ...], Entry] = {}
         with self._open() as connection:
             rows = connection.execute(
                 "SELECT c.run, c.app, c.purpose, c.dataset, c.time, c.settled, c.sampling_rate, "
-                "c.noise_multiplier, c.releases, d.patients FROM charges c JOIN datasets d "
-                "ON d.id = c.dataset ORDER BY c.id"
-            ).fetchall()
-        entries: dict[tuple[Any, ...], Entry] = {}
-        for run, app, purpose, dataset, time, settled, rate, noise, count, patients in rows:
-            key = (run, purpose, dataset)
-            new = Entry(run, app, purpose, time, 0, 0, patients, Counter(), dataset)
-            before = entries.get(key, new)
-            entries[key] = before._replace(
-                rounds=before.rounds + 1,
-                unsettled=before.unsettled + (not settled),
-                releases=before.releases + Counter({Release(rate, noise): count}),
+                "c.noise_multiplier, c.releases, d.patients, r.divergence FROM charges c "
+                "JOIN datasets d ON d.id = c.dataset LEFT JOIN rounding r ON r.charge = c.id "
+                "ORDER BY c.id"
             )
+            for run, app, purpose, dataset, time, settled, *release, patients, divergence in rows:
+                rate, noise, count = release
+                key = (run, purpose, dataset)
+                new = Entry(run, app, purpose, time, 0, 0, patients, Counter(), dataset, 0.0)
+                before = entries.get(key, new)
+                entries[key] = before._replace(
+                    rounds=before.rounds + 1,
+                    unsettled=before.unsettled + (not settled),
+                    releases=before.releases + Counter({Release(rate, noise): count}),
+                    divergence=_added(before.divergence, divergence),
+                )
         return list(entries.values())
 
     def _create(self) -> None:
@@ -462,7 +487,24 @@ class Ledger:
                 for ending in ("", "-journal"):
                     shutil.copyfile(f"{self.path}{ending}", f"{copy}{ending}")
                 connection = stack.enter_context(transaction(copy, "rw", _SCHEMA, _VERSION))
+            if self._read_only:
+                self._view_rounding(connection)
             yield connection
+
+    @staticmethod
+    def _upgrade(connection: sqlite3.Connection) -> int:
+        """Give a ledger of the version before what it lacks; its charges stay as they are."""
+        connection.execute(_ROUNDING)
+        connection.execute("UPDATE about SET value = ? WHERE key = 'version'", (_VERSION,))
+        connection.execute(f"PRAGMA user_version = {_VERSION}")
+        return _VERSION
+
+    @staticmethod
+    def _view_rounding(connection: sqlite3.Connection) -> None:
+        """Let a ledger of the version before, which must not be changed, look like a new one."""
+        query = "SELECT count(*) FROM sqlite_master WHERE name = 'rounding'"
+        if not connection.execute(query).fetchone()[0]:
+            connection.execute(_ROUNDING.replace("TABLE", "TEMP TABLE"))
 
     def _find(
         self, connection: sqlite3.Connection, patients: Iterable[Hashable]
@@ -608,6 +650,15 @@ def _as_input_error(path: Path) -> Iterator[None]:
             f"the privacy ledger {path} cannot be used ({error}): repair its folder or disk, or "
             "restore it from a copy; without it nobody knows what was released"
         ) from error
+
+
+def _added(total: float | None, divergence: object) -> float | None:
+    """Return the divergence of the charges of an entry with one more."""
+    if total is None or divergence is None:
+        return None
+    if not isinstance(divergence, float) or not 0 <= divergence < math.inf:
+        raise sqlite3.DatabaseError(f"it holds the divergence {divergence!r}")
+    return total + divergence
 
 
 def _now() -> str:

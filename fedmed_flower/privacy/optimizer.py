@@ -14,12 +14,14 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
-from fedmed_flower.privacy.noise import gaussian, secure_generator
+from fedmed_flower.privacy.noise import gaussian, on_grid, secure_generator, standard
 
 # How many numbers are clipped and added at a time: as many as the cache of a CPU holds, and as
 # many as keep a GPU busy.
 _CPU_BLOCK = 2**18
 _GPU_BLOCK = 2**24
+# Noise takes several passes over a block, so on a CPU the inner cache must hold it.
+_NOISE_BLOCK = 2**15
 
 
 class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -36,6 +38,9 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         Norm to which the gradient of each patient is clipped.
     expected_patients : float
         Divisor of the sum, however many patients were drawn; above 0.
+    step : float
+        The noised sums are rounded to its multiples; a power of two (see `privacy.grid`). 0 for no
+        grid.
 
     Attributes
     ----------
@@ -50,6 +55,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         noise_multiplier: float,
         max_grad_norm: float,
         expected_patients: float,
+        step: float = 0.0,
     ) -> None:
         super().__init__(
             optimizer,
@@ -58,6 +64,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             expected_batch_size=expected_patients,
         )
         self.dropped = 0
+        self._step = step
         self._generator = secure_generator()
         self._ahead: Future[Tensor] | None = None
 
@@ -146,20 +153,34 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         self.zero_grad(set_to_none=True)
 
     def add_noise(self) -> None:
-        """Add noise to the sum of clipped gradients, and round once."""
+        """Add noise to the sum of clipped gradients, and round to the grid."""
         # Reset before anything can fail: no noise is ever used twice.
         ahead = self._ahead
         self._ahead = None
         noise = self._draw() if ahead is None else ahead.result()
         parts = torch.split(noise, [parameter.numel() for parameter in self.params])
         for parameter, part in zip(self.params, parts, strict=True):
-            total = parameter.summed_grad
-            parameter.grad = (total + part.to(total.device).view_as(total)).to(parameter.dtype)
+            total = parameter.summed_grad.view(-1)
+            gradient = torch.empty_like(total, dtype=parameter.dtype)
+            size = _GPU_BLOCK if total.device.type == "cuda" else _NOISE_BLOCK
+            for start in range(0, len(total), size):
+                block = slice(start, start + size)
+                gradient[block] = self._noised(total[block], part[block].to(total.device))
+            parameter.grad = gradient.view_as(parameter)
+
+    @property
+    def _std(self) -> float:
+        return float(self.noise_multiplier * self.max_grad_norm)
 
     def _draw(self) -> Tensor:
         count = sum(parameter.numel() for parameter in self.params)
-        std = self.noise_multiplier * self.max_grad_norm
-        return torch.from_numpy(gaussian(count, std, self._generator))
+        if self._step:
+            return torch.from_numpy(standard(count, self._generator))
+        return torch.from_numpy(gaussian(count, self._std, self._generator))
+
+    def _noised(self, total: Tensor, noise: Tensor) -> Tensor:
+        """Return a sum with noise as `_draw` returns it."""
+        return on_grid(total, noise, self._std, self._step) if self._step else total + noise
 
     def _forget_patients(self) -> None:
         for parameter in self.params:

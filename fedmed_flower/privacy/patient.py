@@ -18,6 +18,7 @@ from fedmed_flower.data.site import Site
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import POOLED_FILE, file_name
 from fedmed_flower.privacy.accounting import Release, epsilon_of, noise_for
+from fedmed_flower.privacy.grid import divergence_of, grid_for
 from fedmed_flower.privacy.ledger import Ledger, Limit
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.privacy import PrivacySettings
@@ -47,12 +48,18 @@ class Mechanism(NamedTuple):
     steps : int
     num_patients : int
     settings : PrivacySettings
+    grid : float
+        Step of the grid to which noised sums are rounded; 0 for no grid.
+    divergence : float, optional
+        What the arithmetic of the round costs, for the ledger; None if no bound is known.
     """
 
     release: Release
     steps: int
     num_patients: int
     settings: PrivacySettings
+    grid: float = 0.0
+    divergence: float | None = None
 
 
 class PatientPrivacy:
@@ -85,7 +92,13 @@ class PatientPrivacy:
         self.app = app
 
     def plan_training(
-        self, patients: Sequence[Hashable], epochs: int, batch_size: int, steps: int = 0
+        self,
+        patients: Sequence[Hashable],
+        epochs: int,
+        batch_size: int,
+        steps: int = 0,
+        *,
+        weights: int,
     ) -> Mechanism:
         """Return the steps of a training round, with noise that keeps all rounds to the target.
 
@@ -99,6 +112,8 @@ class PatientPrivacy:
             Mean number of patients in a step; used if the settings name no sampling rate.
         steps : int
             Number of steps in the round; 0 for the number that `epochs` makes.
+        weights : int
+            Number of the model's trained weights; at least 1.
 
         Raises
         ------
@@ -126,7 +141,14 @@ class PatientPrivacy:
                 f"{_MOST_RELEASES:,} steps that privacy accounting can handle: lower one of them"
             )
         noise = noise_for(settings.target_epsilon, settings.delta, rate, steps * planned)
-        return Mechanism(Release(rate, noise), steps, count, settings)
+        release = Release(rate, noise)
+        std = noise * settings.max_grad_norm
+        numbers = weights * steps
+        grid = grid_for(std, numbers * planned, settings.target_epsilon, settings.delta)
+        if grid is None:
+            return Mechanism(release, steps, count, settings)
+        divergence = divergence_of(grid.deviation, numbers)
+        return Mechanism(release, steps, count, settings, grid.step, divergence)
 
     def plan_evaluation(self, split: str) -> Release:
         """Return the release of one evaluation on the patients of a split."""
@@ -143,8 +165,11 @@ class PatientPrivacy:
         count: int,
         purpose: str,
         server_round: int,
+        divergence: float | None = None,
     ) -> Iterator[None]:
         """Charge the ledger, run the block, then settle; if the block fails, the charge stays.
+
+        Parameters and errors are those of `Ledger.charge`.
 
         Raises
         ------
@@ -163,6 +188,7 @@ class PatientPrivacy:
             app=self.app,
             run_limit=target,
             budget=self.budget,
+            divergence=divergence,
         )
         yield
         self.ledger.settle(charge)

@@ -18,6 +18,7 @@ from fedmed_flower.data.site import all_rows, min_cell_count
 from fedmed_flower.errors import DeclinedError, InputError, shown
 from fedmed_flower.metrics.survival import followed
 from fedmed_flower.privacy.accounting import Release, noise_for
+from fedmed_flower.privacy.grid import divergence_once
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.secure.magnitudes import in_sizes
 from fedmed_flower.statistics.columns import Columns
@@ -159,6 +160,7 @@ def _noised(
         purpose="statistics",
         app=type(client).__name__,
         budget=budget_of(client.context),
+        divergence=divergence_once(planned.size),
     )
     groups, withheld = noised(planned, cells, multiplier, minimum)
     ledger.settle(charge)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.site import Row, patient_text
 from fedmed_flower.errors import InputError
-from fedmed_flower.privacy.noise import gaussian, secure_generator
+from fedmed_flower.privacy.noise import noised_once
 from fedmed_flower.statistics.columns import follow_up
 from fedmed_flower.statistics.declared import Declared
 from fedmed_flower.statistics.request import Filter, Request, Survival, require_comparable
@@ -178,6 +178,11 @@ class Plan:
         """How far one patient can move the vector of all groups."""
         return math.sqrt(sum(block.bound**2 for block in self.blocks))
 
+    @property
+    def size(self) -> int:
+        """How many numbers leave, of all groups."""
+        return len(self.groups) * sum(block.size for block in self.blocks)
+
     def sums(self, cells: Cells) -> Floats:
         """Return (groups, numbers) the vector, without noise."""
         _, patient_of_row = np.unique(cells.patients, return_inverse=True)
@@ -230,22 +235,20 @@ def plan(request: Request, declared: Declared) -> Plan:
     if request.survival is not None:
         blocks.append(_survival(request.survival))
     groups = tuple(declared.categories[request.by]) if request.by else ("",)
-    size = len(groups) * sum(block.size for block in blocks)
-    if size > _MOST_NUMBERS:
+    planned = Plan(blocks, groups, request.by, request.where, withheld, declared)
+    if planned.size > _MOST_NUMBERS:
         raise InputError(
-            f"with noise at most {_MOST_NUMBERS:,} numbers can be asked for, got {size:,}: ask for "
-            "fewer columns, pairs or groups"
+            f"with noise at most {_MOST_NUMBERS:,} numbers can be asked for, got "
+            f"{planned.size:,}: ask for fewer columns, pairs or groups"
         )
-    return Plan(blocks, groups, request.by, request.where, withheld, declared)
+    return planned
 
 
 def noised(
     planned: Plan, cells: Cells, noise_multiplier: float, minimum: int
 ) -> tuple[list[Reported], list[list[str]]]:
     """Return the groups of an answer with noise, and what is withheld and why."""
-    sums = planned.sums(cells)
-    noise = gaussian(sums.size, noise_multiplier * planned.bound, secure_generator())
-    sums += noise.reshape(sums.shape)
+    sums = noised_once(planned.sums(cells), noise_multiplier * planned.bound)
     groups = []
     withheld = list(planned.withheld)
     for name, vector in zip(planned.groups, sums, strict=True):

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import (
@@ -23,12 +23,14 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
+from fedmed_flower.arrays import kernels
 from fedmed_flower.arrays.updates import OVERFLOW, NotUsableError, Updates
 from fedmed_flower.arrays.views import own_content, view
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import MALFORMED, RELEASES, read_file
 from fedmed_flower.privacy.accounting import Release, epsilon_of, require_release
-from fedmed_flower.privacy.noise import gaussian, secure_generator
+from fedmed_flower.privacy.grid import divergence_once, step_once
+from fedmed_flower.privacy.noise import noised, noised_once, secure_generator
 from fedmed_flower.secure.shares import HospitalNoise
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.settings.secure import OFF, SUM
@@ -113,6 +115,9 @@ class DPFedAvg(FedAvg):
     releases : collections.Counter
         Numbers of releases so far, by `privacy.accounting.Release`. With a run folder, a release is
         in its ``privacy.json`` before anything of it can be seen.
+    divergence : float or None
+        How far the releases so far are from those with exact noise: by how much that raises delta,
+        `privacy.grid.excess_delta` says. None if no bound is known, as with `secure`.
 
     Raises
     ------
@@ -177,6 +182,7 @@ class DPFedAvg(FedAvg):
         _require("count_stddev", count_stddev, inside, bound)
         self.count_stddev = count_stddev
         self.releases: Counter[Release] = Counter()
+        self.divergence: float | None = 0.0
         self._drawn: int | None = None
         self._sample: list[int] = []
         self.require_summable()
@@ -300,7 +306,7 @@ class DPFedAvg(FedAvg):
         asked = [*messages, *more]
         if asked and self.secure == SUM:
             # The sum is seen as it is opened, whatever becomes of it.
-            self._charge()
+            self._charge(None)
         return asked
 
     def choose(
@@ -355,16 +361,23 @@ class DPFedAvg(FedAvg):
         if overflowing.size:
             raise NotUsableError({int(k): OVERFLOW for k in overflowing})
         # Charged before anything is computed that could be seen: a crash must not lose the charge.
-        self._charge()
+        entries = map(view, updates.layout.values())
+        sizes = [entry.size for entry in entries if kernels.is_floating(entry.dtype)]
+        numbers = sum(sizes)
+        added = divergence_once(numbers)
+        if self.target_quantile is not None:
+            added += divergence_once(1)
+        self._charge(added)
         changes = updates.sum_of_changes(self.clipping_norm / np.maximum(norms, self.clipping_norm))
         std = self.sum_multiplier * self.clipping_norm
         # A new generator for each release: a copy of the strategy must not repeat the noise.
         generator = secure_generator()
+        step = step_once(std, numbers)
         for change in changes.values():
-            change += gaussian(change.size, std, generator)
+            change[:] = noised(change, std, step, generator)
             change /= self.expected
         if self.target_quantile is not None:
-            self._follow_quantile(norms, self.target_quantile, generator)
+            self._follow_quantile(norms, self.target_quantile)
         return updates.moved(changes)
 
     def export_state(self) -> dict[str, ArrayRecord]:
@@ -374,6 +387,7 @@ class DPFedAvg(FedAvg):
             {
                 "releases": Array(table.reshape(-1, 3)),
                 "clipping-norm": Array(np.asarray(self.clipping_norm)),
+                "divergence": Array(np.asarray(_number(self.divergence))),
             }
         )
         return super().export_state() | {"privacy": record}
@@ -387,23 +401,24 @@ class DPFedAvg(FedAvg):
             if not 0 < norm < math.inf:
                 raise ValueError(f"clipping-norm must be above 0 and finite, got {norm}")
             self.clipping_norm = norm
-            self.releases |= _counter(view(state["privacy"]["releases"]).tolist())
+            record = state["privacy"]
+            divergence = float(view(record["divergence"])) if "divergence" in record else math.nan
+            self._take_up(_Spent.of(view(record["releases"]).tolist(), divergence))
 
     @property
     def _release(self) -> Release:
         return Release(self.sampling_rate, self.noise_multiplier)
 
-    def _charge(self) -> None:
+    def _charge(self, divergence: float | None) -> None:
         """Count the release of a round, in the run folder too."""
         self.releases[self._release] += 1
+        self.divergence = _added(self.divergence, divergence)
         if self.folder is not None:
             self.folder.write(RELEASES, self._ledger())
 
-    def _follow_quantile(
-        self, norms: np.ndarray[Any, Any], quantile: float, generator: np.random.Generator
-    ) -> None:
-        noise = gaussian(1, self.count_stddev, generator)[0] if self.noise_multiplier else 0.0
-        count = float((norms <= self.clipping_norm).sum() - len(norms) / 2 + noise)
+    def _follow_quantile(self, norms: np.ndarray[Any, Any], quantile: float) -> None:
+        exact = np.asarray([(norms <= self.clipping_norm).sum() - len(norms) / 2])
+        count = float(noised_once(exact, self.count_stddev if self.noise_multiplier else 0.0)[0])
         unclipped = count / self.expected + 0.5
         logarithm = math.log(self.clipping_norm) - self.clip_norm_lr * (unclipped - quantile)
         bounded = min(max(logarithm, math.log(_LEAST_NORM)), math.log(_MOST_NORM))
@@ -411,7 +426,7 @@ class DPFedAvg(FedAvg):
 
     def _take_up_ledger(self, folder: RunFolder) -> None:
         path = folder.path / RELEASES
-        released = _read_ledger(path)
+        spent = _read_ledger(path)
         if self.resume:
             checkpoint = folder.load()
             if checkpoint is not None and "privacy" not in checkpoint.strategy_state:
@@ -420,24 +435,59 @@ class DPFedAvg(FedAvg):
                     "be accounted for: resume it with the strategy that it was started with"
                 )
             # A round that was lost in a crash may have been seen: its release counts.
-            self.releases |= released
-        elif released and not folder.checkpoint_file.exists():
+            self._take_up(spent)
+        elif spent.releases and not folder.checkpoint_file.exists():
             raise InputError(
-                f"{path} records {released.total()} releases of an earlier run: choose another "
-                "folder, or go on with that run, whose releases count (resume)"
+                f"{path} records {spent.releases.total()} releases of an earlier run: choose "
+                "another folder, or go on with that run, whose releases count (resume)"
             )
+
+    def _take_up(self, spent: _Spent) -> None:
+        """Count what was released before, as the larger of two accounts says."""
+        self.releases |= spent.releases
+        if self.divergence is not None:
+            now = self.divergence
+            self.divergence = None if spent.divergence is None else max(now, spent.divergence)
 
     def _ledger(self) -> bytes:
         rows = [[*release, count] for release, count in sorted(self.releases.items())]
-        return json.dumps({"releases": rows, "delta": self.delta}).encode()
+        ledger = {"releases": rows, "delta": self.delta, "divergence": self.divergence}
+        return json.dumps(ledger).encode()
 
 
-def _read_ledger(path: Path) -> Counter[Release]:
+class _Spent(NamedTuple):
+    """Releases, and the divergence of all together; None if no bound is known."""
+
+    releases: Counter[Release]
+    divergence: float | None
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[float]], divergence: float | None) -> _Spent:
+        """Check what was read; a divergence that is no number is not known."""
+        releases = _counter(rows)
+        if not releases:
+            return cls(releases, 0.0)
+        if divergence is None or math.isnan(divergence):
+            return cls(releases, None)
+        if not 0 <= divergence < math.inf:
+            raise ValueError(f"a divergence must be at least 0 and finite, got {divergence}")
+        return cls(releases, float(divergence))
+
+
+def _added(total: float | None, divergence: float | None) -> float | None:
+    return None if total is None or divergence is None else total + divergence
+
+
+def _number(divergence: float | None) -> float:
+    return math.nan if divergence is None else divergence
+
+
+def _read_ledger(path: Path) -> _Spent:
     try:
         ledger = json.loads(read_file(path.parent, path.name).decode())
-        return _counter(ledger["releases"])
+        return _Spent.of(ledger["releases"], ledger.get("divergence"))
     except FileNotFoundError:
-        return Counter()
+        return _Spent(Counter(), 0.0)
     except (OSError, *MALFORMED) as error:
         raise InputError(
             f"the privacy ledger {path} cannot be read ({error}), so the releases so far are not "

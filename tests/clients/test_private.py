@@ -28,8 +28,10 @@ from torch import nn
 from fedmed_flower import InputError, MedicalClient, SiteData
 from fedmed_flower.clients.training import train_epochs, train_privately
 from fedmed_flower.data.site import LineNumber
+from fedmed_flower.methods.base import Method
 from fedmed_flower.privacy import optimizer
 from fedmed_flower.privacy.accounting import Release, epsilon_of
+from fedmed_flower.privacy.grid import divergence_once, excess_delta
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.optimizer import PatientOptimizer
 from fedmed_flower.privacy.patient import Mechanism
@@ -89,6 +91,35 @@ def private_steps(model, images, labels, patients, steps=3, clip=1e6, size=0, mu
     return train_privately(
         model, batch_of, patients, losses, optimizer, mechanism, PROBE, method=pulled(model, mu)
     )
+
+
+@pytest.mark.parametrize("grid", [0.0, 0.125])
+def test_the_gradients_of_private_training_lie_on_the_grid_of_its_plan(grid):
+    images, labels = table(8)
+    settings = PrivacySettings(privacy="patient", max_grad_norm=0.5)
+    mechanism = Mechanism(Release(1.0, 2.0), 3, 8, settings, grid)
+    model = linear()
+    seen = []
+
+    class Seeing(Method):
+        def before_step(self, model):
+            # Times the expected number of patients, they are the noised sums.
+            seen.extend(8 * p.grad.double() for p in model.parameters())
+
+    train_privately(
+        model,
+        lambda places: {"image": images[list(places)], "label": labels[list(places)]},
+        range(8),
+        losses,
+        torch.optim.SGD(model.parameters(), 0.1),
+        mechanism,
+        PROBE,
+        method=Seeing(),
+    )
+    numbers = torch.cat([one.flatten() for one in seen])
+    assert len(seen) == 3 * len(list(model.parameters()))
+    on_grid = numbers % 0.125 == 0
+    assert on_grid.all() if grid else not on_grid.any()
 
 
 def twin(model):
@@ -347,6 +378,9 @@ def test_a_client_trains_privately_by_run_config_alone(tmp_path):
     (entry,) = ledger_of(tmp_path).entries()
     ((release, steps),) = entry.releases.items()
     assert (entry.purpose, entry.patients, entry.rounds, entry.unsettled) == ("train", 10, 1, 0)
+    # A half of the run, whose arithmetic adds at most a hundredth to delta.
+    target = PrivacySettings().target_epsilon
+    assert 0 < excess_delta(2 * entry.divergence, target) <= 1e-6
     assert release.sampling_rate == 0.4
     assert steps == 5
     accountant = pld.PLDAccountant()
@@ -779,7 +813,7 @@ BAD_ROWS = [
 def test_rows_that_cannot_be_used_add_nothing_and_their_patients_count(
     tmp_path, monkeypatch, real, records
 ):
-    monkeypatch.setattr(optimizer, "gaussian", lambda count, std, generator: np.zeros(count))
+    monkeypatch.setattr(optimizer, "standard", lambda count, generator: np.zeros(count))
     good, start, moved = make_rows(9, 0), model_arrays()["1.weight"].numpy(), []
     for rows in (good, good + BAD_ROWS):
         folder = tmp_path / str(len(rows))
@@ -800,8 +834,8 @@ def test_rows_that_cannot_be_used_add_nothing_and_their_patients_count(
 
 
 def test_evaluation_with_noise_counts_the_rows_that_can_be_used(tmp_path, monkeypatch):
-    quiet = "fedmed_flower.metrics.classification.gaussian"
-    monkeypatch.setattr(quiet, lambda count, std, generator: np.zeros(count))
+    quiet = "fedmed_flower.metrics.classification.noised_once"
+    monkeypatch.setattr(quiet, lambda total, std: total)
     good, seen = make_rows(12, 0), []
     for rows in (good, good + BAD_ROWS):
         folder = tmp_path / str(len(rows))
@@ -1012,6 +1046,7 @@ def test_private_metrics_are_near_the_true_ones_and_cost_other_patients(tmp_path
     assert noised["auc"] != exact["auc"]
     (entry,) = ledger_of(tmp_path).entries()
     assert (entry.purpose, entry.patients, entry.releases.total()) == ("val counts", 300, 1)
+    assert entry.divergence == divergence_once()
     assert error_of(client, context, "evaluate") == (
         "declined: the run's target-epsilon would be passed"
     )

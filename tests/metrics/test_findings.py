@@ -103,11 +103,11 @@ def test_without_noise_noised_counts_give_the_figures_up_to_their_bins():
 def test_the_noise_of_each_finding_covers_a_patient_in_all(monkeypatch):
     seen = []
 
-    def gaussian(size, scale, generator):
+    def noised_once(total, scale):
         seen.append(scale)
-        return np.zeros(size)
+        return total
 
-    monkeypatch.setattr("fedmed_flower.metrics.classification.gaussian", gaussian)
+    monkeypatch.setattr("fedmed_flower.metrics.classification.noised_once", noised_once)
     truth, logits = hospital(5, 30)
     noised_findings(NAMES, truth, logits, range(30), 2.0)
     assert seen == [2.0 * 3**0.5] * 3

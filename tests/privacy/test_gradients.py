@@ -728,6 +728,38 @@ def test_noise_drawn_ahead_is_that_of_one_step_and_never_used_again():
         assert abs(np.corrcoef(steps[one], steps[other])[0, 1]) < 5 / 20_000**0.5
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_noised_sums_of_all_parameters_lie_on_the_grid(ahead):
+    model = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 3, bias=False))
+    optimizer = PatientOptimizer(torch.optim.SGD(model.parameters(), 1.0), 2.0, 0.5, 1.0, 0.25)
+    made = [torch.randn(4, *p.shape) for p in model.parameters()]
+    if ahead:
+        optimizer.draw_ahead()
+    optimizer.accumulate(made)
+    sums = [p.summed_grad.clone() for p in optimizer.params]
+    optimizer.add_noise()
+    grads = [p.grad for p in optimizer.params]
+    assert [g.shape for g in grads] == [p.shape for p in optimizer.params]
+    assert all((g % 0.25 == 0).all() for g in grads)
+    pairs = zip(grads, sums, strict=True)
+    drawn = torch.cat([(g - s).flatten() for g, s in pairs]).numpy()
+    wanted = 1 + 0.25**2 / 12
+    assert drawn.var() == pytest.approx(wanted, abs=5.5 * wanted * (2 / drawn.size) ** 0.5)
+    assert abs(drawn.mean()) < 5.5 / drawn.size**0.5
+    # The part of the noise that follows the sums: rounding hides none of it.
+    total = torch.cat([s.flatten() for s in sums]).numpy()
+    assert abs(np.corrcoef(drawn, total)[0, 1]) < 5.5 / drawn.size**0.5
+
+
+def test_a_parameter_of_few_bits_gets_a_rounded_multiple():
+    weight = nn.Parameter(torch.zeros(5000, dtype=torch.bfloat16))
+    optimizer = PatientOptimizer(torch.optim.SGD([weight], 1.0), 100.0, 1.0, 1.0, 0.25)
+    optimizer.accumulate([torch.zeros(1, 5000, dtype=torch.bfloat16)])
+    optimizer.add_noise()
+    assert weight.grad.dtype == torch.bfloat16
+    assert weight.grad.float().std() == pytest.approx(100, rel=0.08)
+
+
 def test_a_failure_to_draw_ahead_ends_the_step_without_a_release(monkeypatch):
     model = nn.Linear(3, 1)
     before = [p.detach().clone() for p in model.parameters()]

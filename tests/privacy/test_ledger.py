@@ -390,15 +390,15 @@ def test_a_folder_is_no_ledger(tmp_path, read_only):
 @pytest.mark.parametrize(
     "change",
     [
-        "UPDATE about SET value = 3 WHERE key = 'version'",
-        "PRAGMA user_version = 3",
+        "UPDATE about SET value = 4 WHERE key = 'version'",
+        "PRAGMA user_version = 4",
     ],
 )
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_ledger_of_a_later_version_is_refused(path, change, read_only):
     _about(path, change)
     text = (
-        f"{path} was written by a later fedmed-flower (format 3, this one reads up to 2): update "
+        f"{path} was written by a later fedmed-flower (format 4, this one reads up to 3): update "
         "fedmed-flower"
     )
     with pytest.raises(InputError, match=says(text)):
@@ -406,10 +406,93 @@ def test_a_ledger_of_a_later_version_is_refused(path, change, read_only):
 
 
 def test_what_else_a_later_ledger_holds_is_not_looked_at(path):
-    _about(path, "PRAGMA user_version = 3")
+    _about(path, "PRAGMA user_version = 4")
     _about_file(path, "CREATE TABLE news (x)")
     with pytest.raises(InputError, match="later fedmed-flower"):
         Ledger(path)
+
+
+def _made_older(path):
+    """Make of a ledger what the version before would have written."""
+    with sqlite3.connect(path) as connection:
+        connection.execute("DROP TABLE rounding")
+        connection.execute("UPDATE about SET value = 2 WHERE key = 'version'")
+        connection.execute("PRAGMA user_version = 2")
+    connection.close()
+
+
+def _format_of(path):
+    with sqlite3.connect(path) as connection:
+        (number,) = connection.execute("PRAGMA user_version").fetchone()
+        (version,) = connection.execute("SELECT value FROM about WHERE key = 'version'").fetchone()
+    connection.close()
+    return number, version
+
+
+def test_a_ledger_of_the_version_before_keeps_its_charges_and_takes_new_ones(path):
+    ledger = Ledger(path)
+    charge(ledger, range(9), STEP, 5, divergence=1e-20)
+    ledger.settle(charge(ledger, range(5, 20), COUNT, run="b"))
+    key, spent = ledger.split_key(), ledger.most(1e-5)
+    _made_older(path)
+    again = Ledger(path)
+    assert _format_of(path) == (3, 3)
+    assert again.split_key() == key
+    assert again.most(1e-5) == spent
+    assert [entry.releases for entry in again.entries()] == [{STEP: 5}, {COUNT: 1}]
+    assert [entry.divergence for entry in again.entries()] == [None, None]
+    assert [entry.unsettled for entry in again.entries()] == [1, 0]
+    # Of one charge without a bound and one with it, no bound is known.
+    charge(again, range(9), STEP, 5, divergence=2e-20)
+    charge(again, range(9), STEP, 5, run="c", divergence=2e-20)
+    assert [entry.divergence for entry in Ledger(path).entries()] == [None, None, 2e-20]
+
+
+def test_a_ledger_of_the_version_before_is_shown_without_being_changed(path):
+    charge(Ledger(path), range(9), STEP, 5)
+    _made_older(path)
+    before = path.read_bytes()
+    path.chmod(0o400)
+    ledger = Ledger(path, read_only=True)
+    for _ in range(2):
+        (entry,) = ledger.entries()
+        assert (entry.releases, entry.divergence) == ({STEP: 5}, None)
+    assert ledger.most(1e-5) == epsilon_of({STEP: 5}, 1e-5)
+    assert path.read_bytes() == before
+    assert _format_of(path) == (2, 2)
+
+
+def test_an_open_ledger_takes_charges_after_another_process_has_brought_it_up(path):
+    charge(Ledger(path), range(9), STEP, 5)
+    _made_older(path)
+    reader = Ledger(path, read_only=True)
+    charge(Ledger(path), range(9), STEP, 5, run="b", divergence=3e-20)
+    assert [entry.divergence for entry in reader.entries()] == [None, 3e-20]
+
+
+def test_the_divergence_of_charges_of_one_run_adds_up(path):
+    ledger = Ledger(path)
+    for divergence in (1e-20, 0.0, 3e-20):
+        charge(ledger, range(9), divergence=divergence)
+    (entry,) = ledger.entries()
+    assert entry.divergence == pytest.approx(4e-20)
+
+
+@pytest.mark.parametrize("divergence", [-1e-20, float("nan"), float("inf")])
+def test_a_divergence_out_of_range_is_refused_and_nothing_is_charged(path, divergence):
+    ledger = Ledger(path)
+    text = f"divergence must be at least 0 and finite, got {divergence}"
+    with pytest.raises(InputError, match=says(text)):
+        charge(ledger, [1], divergence=divergence)
+    assert ledger.entries() == []
+
+
+@pytest.mark.parametrize("value", ["'much'", "-1.0", "9e999", "x'00'"])
+def test_a_strangers_ledger_with_a_divergence_that_is_none_is_one_line(path, value):
+    charge(Ledger(path), [1], divergence=1e-20)
+    _about_file(path, f"UPDATE rounding SET divergence = {value}")
+    with pytest.raises(InputError, match=r"cannot be used \(it holds the divergence "):
+        Ledger(path, read_only=True).entries()
 
 
 def test_a_ledger_that_names_its_version_in_its_table_alone_is_read(path):
@@ -422,8 +505,8 @@ def test_a_ledger_of_another_version_is_refused(path, version):
     value = "NULL" if version is None else version
     _about(path, f"UPDATE about SET value = {value} WHERE key = 'version'")
     text = (
-        f"the ledger {path} has version {version}, this package reads version 2: use the version "
-        "of fedmed-flower that wrote it"
+        f"the ledger {path} has version {version}, this package reads versions 2 and 3: use the "
+        "version of fedmed-flower that wrote it"
     )
     with pytest.raises(InputError, match=says(text)):
         Ledger(path)

@@ -12,6 +12,7 @@ from tiny import context_of, says, says_of_setting, see
 from fedmed_flower.data.site import Site
 from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.privacy.accounting import Release, epsilon_of
+from fedmed_flower.privacy.grid import divergence_of, excess_delta, grid_for
 from fedmed_flower.privacy.ledger import Ledger, Limit
 from fedmed_flower.privacy.patient import PatientPrivacy, budget_of, ledger_path
 from fedmed_flower.settings.privacy import PrivacySettings
@@ -110,7 +111,7 @@ def test_settings_at_their_bounds():
 def test_a_round_passes_over_the_patients_as_often_as_its_epochs_say(
     patients, epochs, batch_size, given, rate, steps
 ):
-    plan = private(sampling_rate=given).plan_training(list(patients), epochs, batch_size)
+    plan = private(sampling_rate=given).plan_training(list(patients), epochs, batch_size, weights=7)
     assert plan.release.sampling_rate == rate
     assert plan.steps == steps
     assert plan.num_patients == len(set(patients))
@@ -126,7 +127,7 @@ def test_all_planned_rounds_stay_within_the_target_and_one_more_would_not(
     count, batch_size, epochs, rounds, target
 ):
     privacy = private(target_epsilon=target, num_server_rounds=rounds)
-    plan = privacy.plan_training(range(count), epochs, batch_size)
+    plan = privacy.plan_training(range(count), epochs, batch_size, weights=7)
     costs = [epsilon_of({plan.release: plan.steps * r}, 1e-5) for r in (rounds, rounds + 1)]
     assert 0.99 * target < costs[0] <= target < costs[1]
 
@@ -141,7 +142,7 @@ def test_all_planned_evaluations_of_a_split_stay_within_the_target(split, planne
 
 
 def _round(privacy, patients, number=1):
-    plan = privacy.plan_training(patients, 1, 4)
+    plan = privacy.plan_training(patients, 1, 4, weights=7)
     with privacy.charged(patients, plan.release, plan.steps, "train", number):
         pass
     return plan
@@ -334,26 +335,59 @@ def test_a_site_without_a_place_for_its_ledger_is_told(node, site, run, message,
 )
 def test_a_round_of_steps_has_so_many_and_noise_for_all_of_the_run(steps, batch_size, given, rate):
     privacy = private(sampling_rate=given, target_epsilon=3.0, num_server_rounds=4)
-    plan = privacy.plan_training(range(100), 9, batch_size, steps)
+    plan = privacy.plan_training(range(100), 9, batch_size, steps, weights=7)
     assert (plan.steps, plan.release.sampling_rate) == (steps, rate)
     costs = [epsilon_of({plan.release: steps * rounds}, 1e-5) for rounds in (4, 5)]
     assert 2.97 < costs[0] <= 3.0 < costs[1]
     # As if so many had come of epochs.
-    epochs = privacy.plan_training(range(100), round(steps * rate), batch_size)
+    epochs = privacy.plan_training(range(100), round(steps * rate), batch_size, weights=7)
     if epochs.steps == steps:
         assert epochs == plan
+
+
+def test_the_grid_of_a_round_follows_from_the_numbers_of_the_run():
+    found = {}
+    for weights in (1_000, 100_000_000):
+        privacy = private(sampling_rate=0.5, target_epsilon=4.0, num_server_rounds=5)
+        plan = privacy.plan_training(range(100), 9, 25, 40, weights=weights)
+        std = plan.release.noise_multiplier * privacy.settings.max_grad_norm
+        run = weights * 40 * 5
+        grid = grid_for(std, run, 4.0, 1e-5)
+        assert plan.grid == grid.step <= std / 4
+        assert excess_delta(divergence_of(grid.deviation, run), 4.0) <= 1e-7
+        # A round costs its share of the run.
+        assert 5 * plan.divergence == pytest.approx(divergence_of(grid.deviation, run), rel=1e-6)
+        found[weights] = plan.grid
+    assert found[1_000] < found[100_000_000]
+
+
+def test_where_no_grid_is_coarse_enough_there_is_none_and_no_bound():
+    privacy = private(sampling_rate=0.5, target_epsilon=30.0, num_server_rounds=5)
+    plan = privacy.plan_training(range(100), 9, 25, 40, weights=100_000_000)
+    assert (plan.grid, plan.divergence) == (0.0, None)
+
+
+def test_the_ledger_keeps_what_a_round_is_off_from_exact_noise(tmp_path):
+    privacy = private(tmp_path, target_epsilon=4.0, num_server_rounds=5)
+    plan = privacy.plan_training(range(100), 1, 25, weights=1_000)
+    for number in (1, 2):
+        charge = (range(100), plan.release, plan.steps, "train", number, plan.divergence)
+        with privacy.charged(*charge):
+            pass
+    (entry,) = privacy.ledger.entries()
+    assert entry.divergence == pytest.approx(2 * plan.divergence)
 
 
 def test_too_many_steps_are_refused_with_the_setting_that_asks_for_them():
     text = "local-steps must be at most 100000 with privacy, got 100001" + see("local-steps")
     with pytest.raises(InputError, match=says(text)):
-        private().plan_training(range(100), 1, 25, 100_001)
+        private().plan_training(range(100), 1, 25, 100_001, weights=7)
     text = (
         "local-epochs = 9 at a sampling rate of 1e-05 makes 900000 steps a round, above 100000: "
         "raise sampling-rate or batch-size"
     )
     with pytest.raises(InputError, match=says(text)):
-        private(sampling_rate=1e-5).plan_training(range(100), 9, 25)
+        private(sampling_rate=1e-5).plan_training(range(100), 9, 25, weights=7)
 
 
 def test_a_run_of_more_steps_than_can_be_accounted_for_is_refused_at_once():
@@ -362,4 +396,6 @@ def test_a_run_of_more_steps_than_can_be_accounted_for_is_refused_at_once():
         "steps that privacy accounting can handle: lower one of them"
     )
     with pytest.raises(InputError, match=says(text)):
-        private(sampling_rate=1e-6, num_server_rounds=100).plan_training(range(9), 1, 25, 100_000)
+        private(sampling_rate=1e-6, num_server_rounds=100).plan_training(
+            range(9), 1, 25, 100_000, weights=7
+        )

@@ -17,6 +17,7 @@ from fedmed_flower import InputError, MedicalClient, SiteData
 from fedmed_flower.data.site import simulation
 from fedmed_flower.errors import FAILED
 from fedmed_flower.privacy.accounting import epsilon_of
+from fedmed_flower.privacy.grid import divergence_once
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.statistics import client as surveying
 from fedmed_flower.statistics import noised
@@ -148,14 +149,14 @@ class TestSensitivity:
     def test_the_noise_fits_the_bound(self, monkeypatch):
         asked = []
 
-        def gaussian(size, std, generator):
-            asked.append((std, type(generator.bit_generator).__name__))
-            return np.zeros(size)
+        def noised_once(total, std):
+            asked.append((total.size, std))
+            return total
 
-        monkeypatch.setattr(noised, "gaussian", gaussian)
+        monkeypatch.setattr(noised, "noised_once", noised_once)
         found, columns = planned(make_patients(50), **EVERYTHING)
         noised.noised(found, columns, 2.5, 10)
-        assert asked == [(2.5 * found.bound, "AESCounter")]
+        assert asked == [(found.size, 2.5 * found.bound)]
 
     def test_every_number_has_noise(self):
         found, columns = planned(make_patients(50), **EVERYTHING)
@@ -360,6 +361,7 @@ class TestLedger:
         assert reply_of(Noised, request, tmp_path, **node).error.reason == f"site north: {FAILED}"
         (entry,) = Ledger(tmp_path / "data" / "privacy-ledger.sqlite", read_only=True).entries()
         assert (entry.purpose, entry.rounds, entry.unsettled) == ("statistics", 1, 1)
+        assert entry.divergence == pytest.approx(divergence_once())
 
     def test_past_the_budget_it_declines(self, tmp_path):
         (tmp_path / "data").mkdir()

@@ -16,6 +16,7 @@ from scipy import stats
 from fedmed_flower.arrays.updates import Updates
 from fedmed_flower.errors import InputError
 from fedmed_flower.privacy.accounting import Release, epsilon_of
+from fedmed_flower.privacy.grid import divergence_once, step_once
 from fedmed_flower.server.run_folder import RunFolder
 from fedmed_flower.strategies import (
     DPFedAvg,
@@ -464,6 +465,47 @@ def test_a_resumed_run_goes_on_from_what_was_spent(tmp_path):
     assert again.history.stopped.round == 3
 
 
+def divergence_in(folder):
+    return json.loads((folder / "privacy.json").read_text())["divergence"]
+
+
+def test_what_the_arithmetic_costs_adds_up_over_the_rounds_and_a_resume(tmp_path):
+    first = resumable(tmp_path)
+    run(first, site_app(adding), W, rounds=2)
+    assert first.divergence == divergence_in(tmp_path) == pytest.approx(2 * divergence_once())
+    again = resumable(tmp_path, resume=True)
+    run(again, site_app(adding), W, rounds=3)
+    assert again.divergence == divergence_in(tmp_path) == pytest.approx(3 * divergence_once())
+
+
+def test_the_count_of_unclipped_updates_is_a_release_too(tmp_path):
+    run(resumable(tmp_path, target_quantile=0.5), site_app(adding), W, rounds=2)
+    assert divergence_in(tmp_path) == pytest.approx(4 * divergence_once())
+
+
+def test_rounds_of_an_earlier_version_have_no_bound_that_is_known(tmp_path):
+    run(resumable(tmp_path), site_app(adding), W, rounds=2)
+    path = tmp_path / "privacy.json"
+    ledger = json.loads(path.read_text())
+    del ledger["divergence"]
+    path.write_text(json.dumps(ledger))
+    again = resumable(tmp_path, resume=True)
+    run(again, site_app(adding), W, rounds=3)
+    assert again.releases == {FIVE: 3}
+    assert again.divergence is None
+    assert divergence_in(tmp_path) is None
+
+
+def test_what_is_released_lies_on_the_grid_of_its_size(tmp_path):
+    strategy = made(noise_multiplier=5.0, clipping_norm=3.0, population_size=1)
+    step = step_once(15.0, sum(values.size for values in ZEROS.values()))
+    # The model was 0, so what comes back is the change; divided by one hospital.
+    noise = noise_of(strategy)
+    assert noise.dtype == np.float64
+    assert (np.mod(noise, step) == 0).all()
+    assert (noise != 0).mean() > 0.9
+
+
 def test_another_noise_in_the_resumed_run_is_refused(tmp_path):
     run(resumable(tmp_path), site_app(adding), W, rounds=2)
     again = resumable(tmp_path, resume=True, noise_multiplier=8, count_stddev=8)
@@ -577,7 +619,10 @@ def test_a_fresh_run_starts_with_the_clipping_norm_that_was_given():
     ["", "{", "[]", "{}", '{"releases": 3}', '{"releases": [[1.0, 5.0]]}', '{"releases": null}',
      '{"releases": [[1.0, 5.0, -1]]}', '{"releases": [[1.0, 5.0, 0.5]]}', '{"releases": ["abc"]}',
      '{"releases": [[1.0, 5.0, Infinity]]}', '{"releases": [[2.0, 5.0, 1]]}',
-     '{"releases": [[1.0, NaN, 1]]}', '{"releases": [["1.0", 5.0, 1]]}', "\udcff"],
+     '{"releases": [[1.0, NaN, 1]]}', '{"releases": [["1.0", 5.0, 1]]}', "\udcff",
+     '{"releases": [[1.0, 5.0, 1]], "divergence": -1e-9}',
+     '{"releases": [[1.0, 5.0, 1]], "divergence": Infinity}',
+     '{"releases": [[1.0, 5.0, 1]], "divergence": "much"}'],
 )  # fmt: skip
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_damaged_ledger_is_a_clear_error(tmp_path, text, resume):
@@ -709,7 +754,10 @@ def test_a_server_optimiser_moves_the_model_by_the_noisy_mean(tmp_path):
     assert again.releases == {Release(1.0, 0.0): 4}
 
 
-def test_a_server_optimiser_moves_by_noise_where_nobody_is():
+def test_a_server_optimiser_moves_by_noise_where_nobody_is(monkeypatch):
+    # On a grid the noise of a weight may be 0: here none is.
+    generator = np.random.default_rng(1)
+    monkeypatch.setattr("fedmed_flower.strategies.private.secure_generator", lambda: generator)
     strategy = one_site(kind=DPFedAdam, eta=0.1)
     assert (strategy.result.arrays["w"].numpy() != 0).all()
     assert strategy.releases == {FIVE: 1}
