@@ -74,7 +74,9 @@ class SegmentationClient(ImagingClient):
       background and the numbers 1, 2, ... for the classes (or `label_values`); or DICOM SEG or
       RTSTRUCT, a path or several, whose structures are found by the names in `classes`;
       or the values of `regions`. With `regions` it may also be one mask of 0 and 1 for each
-      region: a list of files, or an array (regions, *spatial);
+      region: a list of files, or an array (regions, *spatial); or, if the row names the regions in
+      their order by ``mask_regions``, one file of several volumes (4D). In DICOM files regions are
+      found by name, and may overlap;
     - ``patient``: anything hashable.
 
     The network's output is brought back to the grid of each mask and is measured there.
@@ -442,7 +444,7 @@ class LoadPair(Transform):  # type: ignore[misc]
             if "label" not in row and not self.train:
                 return {**row, "image": image}
             # A mask without a position of its own takes the image's.
-            mask = self.structures.read(row["label"], self.spatial_dims, image)
+            mask = self.structures.read(row, self.spatial_dims, image)
         except InputError as error:
             raise InputError(f"patient {row['patient']}: {error}") from error
         if self.train:

@@ -20,7 +20,7 @@ from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.geometry import orientation_of, spacing_of
 from fedmed_flower.images.headers import one_line
 from fedmed_flower.images.reading import classes_in, files_of, read_image, read_label
-from fedmed_flower.images.regions import Regions, read_regions
+from fedmed_flower.images.regions import Regions, read_regions, regions_named, require_no_regions
 from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import frames_of
 
@@ -120,7 +120,7 @@ def check_row(
     ----------
     row : dict
         ``image``, ``patient`` and ``label``: a class number, or a mask (path or array);
-        optionally ``split`` and ``frames``.
+        optionally ``split``, ``frames`` and ``mask_regions``.
     spatial_dims : int or None
         As in `read_image`.
     num_classes : int or None
@@ -162,7 +162,7 @@ def check_row(
         if _is_mask(row["label"]) and (masks or not is_text):
             dims = image.ndim - 1
             options = (num_classes, label_values, image, names, regions)
-            label: Any = _classes(row["label"], dims, *options)
+            label: Any = _classes(row, dims, *options)
             if label == (0,) and not empty_masks:
                 raise InputError(
                     f"its mask {_name(row['label'])} is empty: it holds only the background"
@@ -283,7 +283,7 @@ def _digest(values: torch.Tensor) -> str:
 
 
 def _classes(
-    source: Any,
+    row: Row,
     dims: int,
     num_classes: int | None,
     values: Sequence[int],
@@ -292,11 +292,14 @@ def _classes(
     regions: Regions | None,
 ) -> tuple[int, ...]:
     """Return the classes that a mask holds; of regions 0, and the numbers from 1 on."""
+    source = row["label"]
     name = _name(source)
     try:
         if regions:
-            channels = read_regions(source, dims, regions, image).as_tensor()
+            order = regions_named(row)
+            channels = read_regions(source, dims, regions, image, order).as_tensor()
             return (0, *(n for n, channel in enumerate(channels, start=1) if channel.any()))
+        require_no_regions(row)
         mask = read_label(source, dims, num_classes, values, image, names)
     except InputError as error:
         raise InputError(f"its mask {_prefixed(shown(name), str(error))}") from None

@@ -56,10 +56,12 @@ def read_folder(folder: str | Path, series: str = "", labels: Sequence[str] = ()
 
     1. ``dataset.json`` of the Medical Segmentation Decathlon. In each entry of "training", "image"
        is a path or a list of paths (channels), "label" a path or a class number; "patient" and
-       "split" are optional, and so is "frames", as `frames_of` reads it. An entry without a patient
-       is named after its file. That of nnU-Net is read too: a case is a patient.
+       "split" are optional, and so are "frames", as `frames_of` reads it, and "mask_regions", the
+       region of each volume of a mask. An entry without a patient is named after its file. That
+       of nnU-Net is read too: a case is a patient.
     2. ``datalist.csv``, or the only .csv file if there are no DICOM files: columns image, label,
-       patient and, optionally, split and frames. Several paths separated by ";" are channels.
+       patient and, optionally, split, frames and mask_regions. Several paths separated by ";" are
+       channels.
     3. DICOM files, in the folder and all folders below, in whatever folders a PACS has put them;
        the patient is the PatientID. Slices that share a SeriesInstanceUID are a series, and each
        of its stacks an image; a file without a position in the patient (X-rays) is an image by

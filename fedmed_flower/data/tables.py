@@ -16,6 +16,7 @@ from fedmed_flower.data.bounded import LINK_OUT, leads_out, links_out, quoted, r
 from fedmed_flower.data.nnunet import is_nnunet, numbered_classes, read_cases
 from fedmed_flower.data.site import SPLITS
 from fedmed_flower.errors import InputError, shown
+from fedmed_flower.images.names import listed_names
 from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import require_frames
 
@@ -155,7 +156,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Return a row for each line: ``image``, ``patient`` and what else of a row is given.
 
-    That is ``label``, ``split`` and ``frames``.
+    That is ``label``, ``split``, ``frames`` and ``mask_regions``.
 
     With ``labels``, names of columns, the label is a dict by name of numbers, None where a cell is
     empty. A line that cannot be used is added to ``problems``, such as one whose files lie outside
@@ -218,6 +219,8 @@ def _row(
         row["label"] = _label(line["label"], folder, root)
     if line.get("frames") not in (None, ""):
         row["frames"] = _frames(line["frames"])
+    if line.get("mask_regions") not in (None, ""):
+        row["mask_regions"] = _names(line["mask_regions"])
     if line.get("split") is not None:
         row["split"] = str(line["split"]).strip().lower()
         if row["split"] not in SPLITS:
@@ -237,6 +240,14 @@ def _frames(frames: Any) -> int | str:
         return require_frames(frames)
     except InputError as error:
         raise _UnusableError(str(error)) from None
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Return the regions of a mask's volumes, from a cell or an entry."""
+    try:
+        return listed_names(value)
+    except InputError as error:
+        raise _UnusableError(f"its mask_regions: {error}") from None
 
 
 def _label(label: Any, folder: Path, root: Path) -> int | float | str | list[str]:

@@ -210,7 +210,19 @@ def read_label(
     if files := structure_files(source):
         _require_names(names, num_classes, image)
         return read_structures(files, names, image)
-    mask = read_image(source, spatial_dims, mask=True)
+    return as_classes(read_image(source, spatial_dims, mask=True), num_classes, values, image)
+
+
+def as_classes(
+    mask: MetaTensor,
+    num_classes: int | None,
+    values: Sequence[int] = (),
+    image: MetaTensor | None = None,
+) -> MetaTensor:
+    """Return a mask that `read_image` has read, with one class number for each voxel.
+
+    Parameters, what is returned, and errors are those of `read_label`.
+    """
     if len(mask) != 1:
         raise InputError(f"a mask must have one channel, got {len(mask)}")
     if image is not None:

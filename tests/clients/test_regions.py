@@ -141,6 +141,20 @@ def test_masks_in_every_form_train_to_the_same_bits(tmp_path):
         assert found == expected, form
 
 
+def test_a_file_of_one_volume_a_region_trains_to_the_same_bits(tmp_path):
+    rows = rows_of(2)
+    expected = trained(client_of(SiteData(rows)), context_of(), start(Tumours))
+    changed = []
+    for number, row in enumerate(rows):
+        volumes = np.moveaxis(channels_of(row["label"])[[1, 2, 0]], 0, -1)
+        file = save(tmp_path / f"{number}.nii.gz", volumes)
+        changed.append(row | {"label": file, "mask_regions": ("TC", "ET", "WT")})
+    assert trained(client_of(SiteData(changed)), context_of(), start(Tumours)) == expected
+    classes = ("edema", "core", "rim", "more")
+    client = client_of(SiteData(changed), regions={}, classes=classes, empty_masks=True)
+    assert "mask_regions of its row names the regions TC, ET, WT" in reason_of(client)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
