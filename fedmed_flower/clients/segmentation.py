@@ -41,7 +41,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.images.geometry import spacing_of
 from fedmed_flower.images.names import plain_name
 from fedmed_flower.images.reading import read_image
-from fedmed_flower.images.regions import Regions, require_regions
+from fedmed_flower.images.regions import Regions, listed, require_regions
 from fedmed_flower.images.volumes import frames_of
 from fedmed_flower.metrics.names import DICE, NOISED_DICE, WORST
 from fedmed_flower.metrics.segmentation import (
@@ -208,6 +208,13 @@ class SegmentationClient(ImagingClient):
             )
         if self.regions:
             self._require_regions_alone()
+            self._require_regions_of(data)
+        elif data.regions:
+            raise InputError(
+                f"the data name regions that may overlap ({listed(data.regions)}), and this client "
+                f"classes of which each voxel has one, {', '.join(names)}: give the client regions "
+                "in place of classes, or name classes in the data"
+            )
         elif data.class_names and [*map(plain_name, data.class_names)] != plain_names:
             raise InputError(
                 f"the data name their classes {', '.join(data.class_names)}, this client "
@@ -231,6 +238,19 @@ class SegmentationClient(ImagingClient):
             raise InputError(
                 f"classes are the names of the regions, {', '.join(self.regions)}: leave out "
                 f"classes, got {self.classes!r}"
+            )
+
+    def _require_regions_of(self, data: SiteData) -> None:
+        """Raise `InputError` if the data name other regions, or other values of them."""
+
+        def meaning(regions: Regions) -> dict[str, set[int]]:
+            return {plain_name(str(name)): {*values} for name, values in regions.items()}
+
+        if data.regions and meaning(data.regions) != meaning(self.regions):
+            raise InputError(
+                f"the data name the {listed(data.regions)}, this client the "
+                f"{listed(self.regions)}: a region must mean the same at all hospitals, so make "
+                "regions and data agree"
             )
 
     def describe(self, data: SiteData) -> dict[str, Any]:

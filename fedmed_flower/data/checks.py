@@ -194,7 +194,8 @@ def check_folder(
         None takes the dimensions of each file.
     num_classes : int or None
         None takes the classes that ``label_values`` or dataset.json names; if neither names any,
-        all whole numbers from 0 on are accepted.
+        all whole numbers from 0 on are accepted. Regions that dataset.json names are numbered in
+        its order.
     label_values, empty_masks
         As `check_row` takes them.
 
@@ -223,6 +224,7 @@ def check_folder(
                 label_values,
                 empty_masks,
                 names=listing.class_names,
+                regions=listing.regions,
             )
         )
         for row in listing.rows

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ class Listing:
         One line for each file or line of a table that cannot be used, and why. These give no row.
     notes : tuple of str
         What else is worth knowing: what was left out on purpose, and what can be chosen.
+    regions : dict of str to tuple of int
+        Regions that may overlap from nnU-Net's dataset.json, with the values of masks that belong
+        to each.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -49,6 +52,7 @@ class Listing:
     class_names: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def read_folder(folder: str | Path, series: str = "", labels: Sequence[str] = ()) -> Listing:
@@ -137,6 +141,7 @@ def load_folder(
         source=shown(f"folder {path.resolve().name}, {listing.layout}"),
         generated=(path / MARK).exists(),
         class_names=listing.class_names,
+        regions=listing.regions,
         rejected=len(listing.problems),
         notes=listing.notes,
     )
@@ -146,9 +151,10 @@ def _read(folder: Path, series: str, labels: tuple[str, ...]) -> Listing:
     problems: list[str] = []
     notes: list[str] = []
     names: tuple[str, ...] = ()
+    regions: Mapping[str, tuple[int, ...]] = {}
     if (file := folder / DATASET).is_file():
         layout = DATASET
-        lines, names = read_dataset(file, problems)
+        lines, names, regions = read_dataset(file, problems)
         rows = rows_of(lines, folder, _COLUMNS, problems, labels)
     elif table := _find_table(folder):
         layout = table.name
@@ -161,7 +167,7 @@ def _read(folder: Path, series: str, labels: tuple[str, ...]) -> Listing:
     else:
         raise InputError(f"{folder} holds no data: looked for {_LOOKED_FOR}")
     texts = tuple(map(shown, problems))
-    return Listing(tuple(rows), layout, names, texts, tuple(map(shown, notes)))
+    return Listing(tuple(rows), layout, names, texts, tuple(map(shown, notes)), regions)
 
 
 def _find_table(folder: Path) -> Path | None:

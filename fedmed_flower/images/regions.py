@@ -69,6 +69,12 @@ def values_of(regions: Regions) -> tuple[int, ...]:
     return (0, *sorted({value for values in regions.values() for value in values}))
 
 
+def listed(regions: Regions) -> str:
+    """Return regions and their values as a text."""
+    parts = (f"{name} of {', '.join(map(str, values))}" for name, values in regions.items())
+    return shown(f"regions: {'; '.join(parts)}", 500)
+
+
 def regions_named(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the region of each mask, or volume, of a row, as its ``mask_regions`` names them."""
     try:
@@ -154,7 +160,7 @@ def _of_values(mask: MetaTensor, regions: Regions, image: MetaTensor | None) -> 
     try:
         numbers = as_classes(mask, len(known), known, image)
     except InputError as error:
-        raise InputError(f"{error} ({_listed(regions)})") from None
+        raise InputError(f"{error} ({listed(regions)})") from None
     members = [[value in values for value in known] for values in regions.values()]
     # A row of `members` for each region, a column for each value that a mask may hold.
     table = torch.tensor(members, dtype=torch.uint8)
@@ -253,10 +259,5 @@ def _require_combinations(channels: Tensor, regions: Regions) -> None:
     lie = "voxels lie" if count > 1 else "voxel lies"
     raise InputError(
         f"{count} {lie} in {', '.join(inside)}{beyond}, as no value of the regions does "
-        f"({_listed(regions)}): correct the masks or their order, or declare a value for it"
+        f"({listed(regions)}): correct the masks or their order, or declare a value for it"
     )
-
-
-def _listed(regions: Regions) -> str:
-    parts = (f"{name} of {', '.join(map(str, values))}" for name, values in regions.items())
-    return f"regions: {'; '.join(parts)}"

@@ -246,6 +246,25 @@ def test_the_names_of_label_values_in_the_data_are_not_those_of_regions():
     Tumours(context_of()).check(data)
 
 
+def test_regions_that_the_data_name_must_be_the_clients():
+    same = {"et": (4,), "W-T": (4, 2, 1), "TC": (1, 4)}
+    Tumours(context_of()).check(SiteData(rows_of(1), regions=same))
+    other = same | {"TC": (1, 2)}
+    text = (
+        "the data name the regions: et of 4; W-T of 4, 2, 1; TC of 1, 2, this client the regions: "
+        "WT of 1, 2, 4; TC of 1, 4; ET of 4: a region must mean the same at all hospitals, so make "
+        "regions and data agree"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        Tumours(context_of()).check(SiteData(rows_of(1), regions=other))
+    client = client_of(SiteData(rows_of(1), regions=same), regions={}, classes=("a", "b"))
+    assert reason_of(client) == (
+        "the data name regions that may overlap (regions: et of 4; W-T of 4, 2, 1; TC of 1, 4), "
+        "and this client classes of which each voxel has one, a, b: give the client regions in "
+        "place of classes, or name classes in the data"
+    )
+
+
 # --- Loss and outputs -----------------------------------------------------------------------------
 
 
