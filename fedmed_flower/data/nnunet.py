@@ -121,11 +121,12 @@ def read_regions_of(
                 "training and figures: masks that hold them are rejected"
             )
             continue
-        if name == _BACKGROUND or value in (0, [0]):
-            if value not in (0, [0]):
-                raise InputError(f'{file}: "background" must be 0, got {quoted(value)}')
-            continue
         values = value if isinstance(value, list) else [value]
+        is_background = len(values) == 1 and type(values[0]) is int and values[0] == 0
+        if name == _BACKGROUND and not is_background:
+            raise InputError(f'{file}: "background" must be 0, got {quoted(value)}')
+        if is_background:
+            continue
         whole = all(type(one) is int and one > 0 for one in values)
         if not whole or not values or len({*values}) < len(values):
             raise InputError(

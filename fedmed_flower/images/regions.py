@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmed_flower.errors import InputError, shown
@@ -67,6 +68,58 @@ def require_regions(regions: Regions) -> None:
 def values_of(regions: Regions) -> tuple[int, ...]:
     """Return the values that a mask may hold, in order; the first is 0, the background."""
     return (0, *sorted({value for values in regions.values() for value in values}))
+
+
+def nested(regions: Regions) -> tuple[tuple[int, int], ...]:
+    """Return how one mask of values shows regions of which each holds the next.
+
+    It can if each region has exactly one value that the next one within it has not.
+
+    Returns
+    -------
+    tuple of (int, int)
+        From the outermost region to the innermost, its number from 0 on and that value. Empty if
+        the regions are not so.
+    """
+    innermost_first = sorted(enumerate(regions.values()), key=lambda one: len(one[1]))
+    order: list[tuple[int, int]] = []
+    within: set[int] = set()
+    for number, values in innermost_first:
+        own = {*values} - within
+        if not within <= {*values} or len(own) != 1:
+            return ()
+        order.insert(0, (number, own.pop()))
+        within = {*values}
+    return tuple(order)
+
+
+def label_map(
+    masks: NDArray[np.uint8], order: Sequence[tuple[int, int]]
+) -> NDArray[np.signedinteger[Any] | np.unsignedinteger[Any]]:
+    """Return one mask of values: in each voxel that of the innermost region there.
+
+    A voxel of an inner region counts as such also if the outer ones do not reach it, as in the
+    label maps of nnU-Net (``regions_class_order``).
+
+    Parameters
+    ----------
+    masks : ndarray
+        (regions, *spatial), of 0 and 1.
+    order : sequence of (int, int)
+        From `nested`.
+
+    Returns
+    -------
+    ndarray
+        (*spatial), of the smallest of uint8, int16 and int32 that holds the values.
+    """
+    greatest = max(value for _, value in order)
+    kinds = (np.uint8, np.int16, np.int32)
+    kind = next(kind for kind in kinds if greatest <= np.iinfo(kind).max)
+    mask = np.zeros(masks.shape[1:], kind)
+    for number, value in order:
+        mask[masks[number] > 0] = value
+    return mask
 
 
 def listed(regions: Regions) -> str:
