@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,10 @@ from fedmed_flower.images.masks import read_structures, structure_files
 from fedmed_flower.images.photographs import PICTURES, read_picture
 from fedmed_flower.images.resampling import resampled
 from fedmed_flower.images.series import Series
+from fedmed_flower.images.spaces import require_one_space
 from fedmed_flower.images.volumes import read_volume, require_frames, taken
+
+log = logging.getLogger("flwr.fedmed")
 
 # How far a value of a mask may lie from its class: resampling leaves 1.0000001 for 1.
 _NEAR = 1e-3
@@ -114,8 +118,9 @@ def read_image(
     source : str, Path, ndarray, Tensor, or sequence of paths
         A NIfTI file (or another that nibabel reads), an NRRD or MetaImage file, a picture, a .npy
         file, a DICOM file, a folder with one DICOM series, or an array of shape (*spatial) or
-        (channels, *spatial). Several paths are the channels of one image, on one grid. Several
-        `Series` are too; those on another grid are resampled to the first one's, see `resampled`.
+        (channels, *spatial). Several paths, or `Series`, are the channels of one image. A volume on
+        another grid is resampled to the first one's, see `resampled`, if their positions can be
+        compared, see `require_one_space`.
     spatial_dims : int or None
         2 or 3. None takes the dimensions of the file: 2 for pictures and single slices, else 3.
     frames : int or str, optional
@@ -289,17 +294,25 @@ def files_of(source: Any) -> Iterator[Path]:
 
 
 def _beside(part: MetaTensor, path: Any, first: MetaTensor, first_path: Any) -> MetaTensor:
-    """Return a channel on the grid of the first one; only DICOM series are resampled for that."""
+    """Return a channel on the grid of the first one."""
     try:
         return brought_to(part, first)
     except InputError as error:
-        if not (isinstance(path, Series) and isinstance(first_path, Series)):
-            raise InputError(f"{path} does not fit {first_path}: {error}") from None
+        problem = str(error)
     try:
-        return resampled(part, first)
+        require_one_space((path, part), (first_path, first))
+    except InputError as error:
+        raise InputError(
+            f"{path} does not fit {first_path}: {problem}; and it cannot be brought to that grid: "
+            f"{error}. Save it on the grid of the first channel"
+        ) from None
+    try:
+        changed = resampled(part, first)
     except InputError as error:
         text = f"{path} cannot be brought to the grid of {first_path}: {error}"
         raise InputError(text) from None
+    log.info("%s is brought to the grid of %s by linear interpolation", path, first_path)
+    return changed
 
 
 def _read(source: Any, spatial_dims: int | None, frames: int | str | None, mask: bool) -> _Read:
