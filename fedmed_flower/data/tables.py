@@ -369,12 +369,15 @@ def _require_columns(file: Path, names: Sequence[str], needed: Sequence[str]) ->
     for name in needed:
         if names.count(name) != 1:
             # A client for tables says by its schema what the columns are.
-            hint = (
-                "; if it lists no images, name the app that reads it: fedmed data check --app APP"
-            )
+            hints = {
+                "image": "; if it lists no images, name the app that reads it: "
+                "fedmed data check --app APP",
+                "label": "; if findings are columns, name them: fedmed data check --findings NAMES",
+            }
+            hint = hints.get(name, "") if name not in names else ""
             raise InputError(
                 f"{file} must have one column {name!r}, got {names.count(name)}: its columns are "
-                f"{', '.join(names)}{hint if name not in names and name == 'image' else ''}"
+                f"{', '.join(names)}{hint}"
             )
 
 

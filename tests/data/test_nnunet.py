@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from tiny import says
 
-from fedmed_flower.data.checks import check_folder
 from fedmed_flower.data.datalist import load_folder, read_folder
+from fedmed_flower.data.folders import check_folder
 from fedmed_flower.errors import InputError
 
 CHANNELS = {"0": "T1", "1": "T2"}
