@@ -221,8 +221,8 @@ def test_a_function_at_the_top_of_a_module_has_a_digest_of_what_it_takes_from_th
 
 def test_a_function_without_a_name_is_told_how_to_get_one():
     text = (
-        r"the function \S*test_fingerprints\.<lambda> \(define it by its name at the top of a module, "
-        r"and not as a lambda or within another function\)"
+        r"the function \S*test_fingerprints\.<lambda> \(define it by its name at the top of a "
+        r"module, and not as a lambda or within another function\)"
     )
     with pytest.raises(Unreadable, match=text):
         digest(Lambdad("image", MADE))
