@@ -127,8 +127,9 @@ class Classes(Structures):
     def read(self, row: Row, spatial_dims: int, image: MetaTensor) -> MetaTensor:
         """Read a mask of class numbers, (1, *spatial)."""
         require_no_regions(row)
-        source = row["label"]
-        return read_label(source, spatial_dims, self.channels, self.values, image, self.names)
+        # The arguments of `check_row`, so that a mask is looked at once.
+        values = self.label_values
+        return read_label(row["label"], spatial_dims, self.channels, values, image, self.names)
 
     def loss(self) -> nn.Module:
         """Return Dice of each image plus cross entropy."""

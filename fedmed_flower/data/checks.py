@@ -147,13 +147,14 @@ def check_row(
                 raise InputError(f"the row has no {name}")
         image = read_image(row["image"], spatial_dims, frames_of(row, channels))
         values = image.as_tensor()
+        low, high = torch.aminmax(values)
         finding = replace(
             finding,
             shape=tuple(image.shape),
             spacing=spacing_of(image),
             orientation=orientation_of(image),
-            low=float(values.min()),
-            high=float(values.max()),
+            low=float(low),
+            high=float(high),
             digest=_digest(values),
         )
         is_text = any(files_of(row["label"]))

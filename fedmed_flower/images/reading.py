@@ -43,7 +43,7 @@ log = logging.getLogger("flwr.fedmed")
 _NEAR = 1e-3
 
 # Slices of which a copy fits into the processor's own memory.
-_SLICES = 16
+_SLICES = 8
 
 Array = NDArray[Any]
 # Values with the channel first, their affine, and whether it states a position in the patient.
@@ -59,7 +59,7 @@ _read_before: ContextVar[_Before | None] = ContextVar("read_before", default=Non
 
 @contextmanager
 def reading_once() -> Iterator[None]:
-    """Let `read_image` and `read_label` return the same object if they are asked the same again.
+    """Let what is `once_a_row` return the same object if it is asked the same again.
 
     For one row at a time: all that is read stays in memory until the context is left.
     """
@@ -70,7 +70,7 @@ def reading_once() -> Iterator[None]:
         _read_before.reset(token)
 
 
-def _shared(read: Callable[P, R]) -> Callable[P, R]:
+def once_a_row(read: Callable[P, R]) -> Callable[P, R]:
     """Make a function that reads obey `reading_once`."""
     bind = signature(read).bind
 
@@ -93,17 +93,19 @@ def _shared(read: Callable[P, R]) -> Callable[P, R]:
 
 
 def _are_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether arguments are the same objects, or equal numbers, texts or tuples of them."""
+    """Return whether arguments are the same objects, or equal numbers, texts, tuples or dicts."""
 
     def same(a: Any, b: Any) -> bool:
         if a is b:
             return True
-        return type(a) is type(b) and isinstance(a, int | str | Path | tuple) and bool(a == b)
+        return (
+            type(a) is type(b) and isinstance(a, int | str | Path | tuple | dict) and bool(a == b)
+        )
 
     return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
 
 
-@_shared
+@once_a_row
 def read_image(
     source: Any,
     spatial_dims: int | None,
@@ -174,7 +176,7 @@ def read_image(
     return image
 
 
-@_shared
+@once_a_row
 def read_label(
     source: Any,
     spatial_dims: int | None,
@@ -402,19 +404,19 @@ def _fit(
             affine = np.diag([*sides[:2], 1.0, 1.0])
     if mask and array.dtype == np.uint8:
         # What most masks hold: as float32 they take four times the memory and a pass more.
-        codes = torch.from_numpy(np.array(array, order="C"))
+        codes = torch.from_numpy(_copied(array, np.uint8))
         return MetaTensor(codes, torch.from_numpy(affine.copy()), meta)
     with np.errstate(over="ignore"):
-        values = torch.from_numpy(_as_float32(array))
+        values = torch.from_numpy(_copied(array, np.float32))
     # NaN and infinities show in the least and greatest value, which take less time to find.
     if not all(map(torch.isfinite, torch.aminmax(values))):
         raise InputError("it holds NaN or infinite values")
     return MetaTensor(values, torch.from_numpy(affine.copy()), meta)
 
 
-def _as_float32(array: Array) -> Array:
-    """Return a copy as float32, with the last axis closest together."""
-    values = np.empty(array.shape, np.float32)
+def _copied(array: Array, kind: type[np.generic]) -> Array:
+    """Return a copy of another kind of numbers, with the last axis closest together."""
+    values = np.empty(array.shape, kind)
     # A NIfTI file has its first axis closest together: all of it at once takes twice as long.
     for start in range(0, array.shape[-1], _SLICES):
         part = slice(start, start + _SLICES)

@@ -20,7 +20,7 @@ from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.geometry import file_affine_of
 from fedmed_flower.images.masks import read_overlapping, structure_files
 from fedmed_flower.images.names import listed_names, plain_name
-from fedmed_flower.images.reading import as_classes, files_of, read_image
+from fedmed_flower.images.reading import as_classes, files_of, once_a_row, read_image
 
 Regions = Mapping[str, Sequence[int]]
 
@@ -145,6 +145,7 @@ def require_no_regions(row: Mapping[str, Any]) -> None:
         )
 
 
+@once_a_row
 def read_regions(
     source: Any,
     spatial_dims: int,
