@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -65,6 +65,40 @@ def check(
     empty_masks: Annotated[
         bool, typer.Option("--empty-masks", help="A mask may hold the background alone.")
     ] = False,
+    series: Annotated[
+        str,
+        typer.Option(
+            metavar="RULES",
+            help="Which DICOM series are images or channels, as the run config has it: "
+            '"modality=CT slices>=40".',
+        ),
+    ] = "",
+    findings: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Columns of findings in place of the column label, such as edema,effusion.",
+        ),
+    ] = "",
+    bags: Annotated[
+        bool, typer.Option("--bags", help="An image is a bag: a folder, or a list, of patches.")
+    ] = False,
+    names: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="The classes 1, 2, ... of masks, by which DICOM SEG and RTSTRUCT are read, such "
+            "as liver,spleen.",
+        ),
+    ] = "",
+    regions: Annotated[
+        str,
+        typer.Option(
+            metavar="REGIONS",
+            help="Regions that may overlap, with the values of masks in each: "
+            '"WT=1,2,4; TC=1,4; ET=4".',
+        ),
+    ] = "",
     out: Annotated[
         Path | None,
         typer.Option(help="Write what was found in each image: FILE.csv or FILE.json."),
@@ -90,14 +124,20 @@ def check(
             return
         if out is not None:
             require_writable(out)
+        said = {
+            f"--classes {classes}": classes is not None,
+            f"--label-values {label_values}": label_values,
+            "--empty-masks": empty_masks,
+            f"--series {series}": series,
+            f"--findings {findings}": findings,
+            "--bags": bags,
+            f"--names {names}": names,
+            f"--regions {regions}": regions,
+        }
+        options = [option for option, given in said.items() if given]
         if app is not None:
-            for option, given in (
-                (f"--classes {classes}", classes is not None),
-                (f"--label-values {label_values}", label_values),
-                ("--empty-masks", empty_masks),
-            ):
-                if given:
-                    raise InputError(f"{option} does not go with --app: the app says it")
+            if options:
+                raise InputError(f"{options[0]} does not go with --app: the app says it")
             _check_by_app(app, [folder.expanduser() for folder in folders], out)
             return
         if len(folders) > 1:
@@ -109,23 +149,53 @@ def check(
         if _is_genotypes(folder):
             if out is not None:
                 raise InputError(f"--out lists images, and {folder} holds genotypes")
+            if options:
+                raise InputError(f"{options[0]} is for images, and {folder} holds genotypes")
             _check_genotypes(folder)
             return
-        findings = _look_at_images(folder, classes, _numbers(label_values), empty_masks)
+        _require_together(options)
+        found = _look_at_images(
+            folder,
+            classes,
+            _numbers(label_values),
+            empty_masks=empty_masks,
+            series=series,
+            findings=_names("--findings", findings),
+            bags=bags,
+            names=_names("--names", names),
+            regions=_regions(regions),
+        )
         if out is not None:
-            write_findings(out, [("", finding) for finding in findings])
-    _print_problems([problem_of(finding) for finding in findings if finding.problem is not None])
+            write_findings(out, [("", finding) for finding in found])
+    _print_problems([problem_of(finding) for finding in found if finding.problem is not None])
+
+
+def _require_together(options: Sequence[str]) -> None:
+    """Raise `InputError` if options say of labels what cannot be true of the same."""
+    given = {option.partition(" ")[0]: option for option in options}
+    of_masks = ("--label-values", "--empty-masks", "--names", "--regions")
+    excluded = {
+        "--findings": ("--classes", "--bags", *of_masks),
+        "--bags": of_masks,
+        "--regions": ("--classes", "--label-values", "--names"),
+    }
+    for first, others in excluded.items():
+        if first in given and (wrong := next((one for one in others if one in given), "")):
+            raise InputError(
+                f"{given[wrong]} does not go with {given[first]}: they say what labels are in two "
+                "ways, so leave one of them out"
+            )
 
 
 def _look_at_images(
-    folder: Path, classes: int | None, values: Sequence[int], empty_masks: bool
+    folder: Path, classes: int | None, values: Sequence[int], **options: Any
 ) -> list[Finding]:
     """Read the images of a folder, print what they are, and return what was found."""
     # Imports MONAI, for which the other commands need not wait.
-    from fedmed_flower.data.checks import check_folder
+    from fedmed_flower.data.folders import check_folder
 
     with console.status(Text(shown(f"reading {folder}"))):
-        findings = check_folder(folder, None, classes, values, empty_masks)
+        findings = check_folder(folder, None, classes, values, **options)
     images = [finding for finding in findings if finding.image]
     print_table(console, table_of(images, folder))
     for line in summary_of(images, classes or len(values) or None):
@@ -148,6 +218,31 @@ def _numbers(text: str) -> list[int]:
             f"{text!r}"
         )
     return numbers
+
+
+def _names(option: str, text: str) -> list[str]:
+    """Return the different names of an option, separated by commas."""
+    names = [part.strip() for part in text.split(",")] if text else []
+    if "" in names or len({name.casefold() for name in names}) < len(names):
+        raise InputError(
+            f"{option} must be different names with commas between them, got {shown(text, 200)!r}"
+        )
+    return names
+
+
+def _regions(text: str) -> dict[str, tuple[int, ...]]:
+    """Return the regions of --regions, with the values of masks in each."""
+    regions: dict[str, tuple[int, ...]] = {}
+    for part in filter(None, map(str.strip, text.split(";"))):
+        name, _, values = part.partition("=")
+        numbers = values.split(",")
+        if not name.strip() or name.strip() in regions or not all(map(_WHOLE.fullmatch, numbers)):
+            raise InputError(
+                "--regions must be different regions, each with values of masks, such as "
+                f'"WT=1,2,4; TC=1,4; ET=4"; got {shown(text, 200)!r}'
+            )
+        regions[name.strip()] = tuple(map(int, numbers))
+    return regions
 
 
 def _print_problems(problems: Sequence[str], code: int = 1) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,8 +14,8 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 from fedmed_flower.clients.whole_image import Outputs, WholeImageClient
-from fedmed_flower.data.bounded import quoted
-from fedmed_flower.data.checks import Finding, check_row
+from fedmed_flower.data.checks import Finding
+from fedmed_flower.data.findings import check_findings, is_unread, read_in
 from fedmed_flower.data.site import Row, SiteData, min_cell_count, patients_of, some_of
 from fedmed_flower.errors import InputError
 from fedmed_flower.metrics.findings import finding_metrics, noised_findings
@@ -83,7 +82,7 @@ class FindingsClient(WholeImageClient):
 
     def warn(self, data: SiteData) -> None:
         """Log the findings that nobody read in the training rows."""
-        read = {name for row in data.train for name in _read_in(row.get("label"))}
+        read = {name for row in data.train for name in read_in(row.get("label"))}
         if unread := [name for name in self.findings if name not in read]:
             log.warning("%s: no training row says of %s", self.site.name, some_of(unread))
 
@@ -92,33 +91,7 @@ class FindingsClient(WholeImageClient):
         return {"spatial_dims": self.spatial_dims, "findings": tuple(self.findings)}
 
     def _checked(self, row: Row) -> Finding:
-        found = check_row(_without_label(row), self.spatial_dims, masks=False)
-        if found.problem is not None:
-            return found
-        try:
-            self._require_findings(row["label"])
-        except _MislabelledError as error:
-            return replace(found, problem=str(error), mislabelled=True)
-        if not _read_in(row["label"]):
-            return replace(found, problem="none of its findings was read")
-        return found
-
-    def _require_findings(self, label: Any) -> None:
-        """Raise `_MislabelledError` if a label is not what the client takes."""
-        if not isinstance(label, Mapping):
-            raise _MislabelledError(
-                f"label {quoted(label)} is no dict of findings, such as {{{self.findings[0]!r}: 1}}"
-            )
-        for name, value in label.items():
-            if name not in self.findings:
-                raise _MislabelledError(
-                    f"label names {quoted(name)}, which is none of the findings "
-                    f"{some_of(self.findings)}"
-                )
-            if not (_is_unread(value) or _is_binary(value)):
-                raise _MislabelledError(
-                    f"label of {name} is {quoted(value)}: it must be 1, 0 or None"
-                )
+        return check_findings(row, self.spatial_dims, self.findings)
 
     def _made_up_label(self, number: int, sides: Sequence[int], rng: np.random.Generator) -> Any:
         return {name: (number + index) % 2 for index, name in enumerate(self.findings)}
@@ -202,10 +175,6 @@ class FindingsClient(WholeImageClient):
         return f"{self.findings[number]} ({truth}), given {shares[number]:.0%}", number
 
 
-class _MislabelledError(Exception):
-    """A label is not what the client takes."""
-
-
 class _ReadCrossEntropy(nn.Module):
     def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the mean over the batch of the mean over findings, unread ones counting 0."""
@@ -214,12 +183,6 @@ class _ReadCrossEntropy(nn.Module):
             outputs, labels.nan_to_num().to(outputs.dtype), reduction="none"
         )
         return torch.where(read, losses, torch.zeros_like(losses)).mean()
-
-
-def _without_label(row: Row) -> Row:
-    """Return a row with a label that passes as a class, so that its other parts are checked."""
-    is_whole = isinstance(row, Mapping) and "label" in row
-    return {**row, "label": 0} if is_whole else row
 
 
 def _is_name(name: Any) -> bool:
@@ -232,20 +195,5 @@ def _is_name(name: Any) -> bool:
     )
 
 
-def _is_unread(value: Any) -> bool:
-    return value is None or (isinstance(value, float | np.floating) and math.isnan(value))
-
-
-def _is_binary(value: Any) -> bool:
-    return isinstance(value, int | float | np.number | np.bool_) and value in (0, 1)
-
-
 def _value_of(value: Any) -> float:
-    return math.nan if _is_unread(value) else float(value)
-
-
-def _read_in(label: Any) -> list[str]:
-    """Return the findings that a label says something of."""
-    if not isinstance(label, Mapping):
-        return []
-    return [name for name, value in label.items() if not _is_unread(value)]
+    return math.nan if is_unread(value) else float(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import os
 import platform
 import sys
@@ -18,7 +19,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, GenericAlias, ModuleType
 from typing import Any
 
 import monai
@@ -36,6 +37,8 @@ _MOST_LEVELS = 20
 _MOST_FILES = 5_000
 _MOST_BYTES = 64 << 20
 _NO_MODULE = ModuleType("none")
+# What names of a module stand for, if its source says all of it. Types are such as Sequence[int].
+_BY_SOURCE = (ModuleType, type, BuiltinFunctionType, np.ufunc, GenericAlias)
 
 
 class Unreadable(Exception):  # noqa: N818
@@ -60,10 +63,10 @@ def digest(*values: Any) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
-def code_digest(classes: Iterable[type]) -> str:
-    """Return the digest of the code that these classes consist of and use.
+def code_digest(parts: Iterable[type | FunctionType]) -> str:
+    """Return the digest of the code that these classes and functions consist of and use.
 
-    It covers the names and versions of all installed packages, and the source files of the classes'
+    It covers the names and versions of all installed packages, and the source files of their
     modules and of all modules that these have imported, as far as they are not installed.
 
     Raises
@@ -71,7 +74,7 @@ def code_digest(classes: Iterable[type]) -> str:
     Unreadable
         If a module has no source file, or its package is too large.
     """
-    roots = sorted({root for module in _modules_of(classes) for root in _roots(module)})
+    roots = sorted({root for module in _modules_of(parts) for root in _roots(module)})
     return digest(
         _environment(),
         torch.get_num_threads(),
@@ -80,11 +83,18 @@ def code_digest(classes: Iterable[type]) -> str:
     )
 
 
-def classes_in(steps: Iterable[Any]) -> Iterator[type]:
-    """Yield the classes of transforms and of the transforms in their attributes."""
-    for step in steps:
-        yield from type(step).__mro__
-        yield from classes_in(value for value in vars(step).values() if _is_object(value))
+def code_in(values: Iterable[Any]) -> Iterator[type | FunctionType]:
+    """Yield the classes of transforms and of those in their attributes, and functions in these."""
+    for value in values:
+        if isinstance(value, FunctionType):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from code_in(value)
+        elif isinstance(value, dict):
+            yield from code_in(value.values())
+        elif _is_object(value):
+            yield from type(value).__mro__
+            yield from code_in(vars(value).values())
 
 
 def _plain(value: Any, level: int) -> Any:
@@ -126,8 +136,10 @@ def _plain_of_many(value: Any, level: int) -> Any:
     if is_dataclass(value):
         parts = [[part.name, _plain(getattr(value, part.name), level)] for part in fields(value)]
         return ["dataclass", _name(kind), parts]
-    if isinstance(value, FunctionType) and _is_found(value) and _is_library(value.__module__):
-        return ["function", _name(value)]
+    if isinstance(value, FunctionType):
+        return _plain_function(value, level)
+    if isinstance(value, logging.Logger):  # What is logged changes no result.
+        return ["logger", value.name]
     if _is_object(value):
         own = [_plain_class(base, level) for base in kind.__mro__ if not _is_known(base.__module__)]
         return ["object", _name(kind), own, _plain(dict(vars(value)), level)]
@@ -140,6 +152,19 @@ def _is_object(value: Any) -> bool:
         return False
     # `isinstance` would ask each of MONAI's classes.
     return Transform in type(value).__mro__ or type(value).__module__.startswith("monai.transforms")
+
+
+def _plain_function(function: FunctionType, level: int) -> Any:
+    """Return JSON of a function: its name and, of an app's, what it has from outside."""
+    if not _is_found(function):
+        raise Unreadable(
+            f"the function {_name(function)} (define it by its name at the top of a module, and "
+            "not as a lambda or within another function)"
+        )
+    if _is_known(function.__module__):
+        return ["function", _name(function)]
+    outside = [_plain(part, level) for part in _from_outside(function)]
+    return ["function", _name(function), outside, _plain(dict(vars(function)), level)]
 
 
 def _plain_class(kind: type, level: int) -> Any:
@@ -165,8 +190,10 @@ def _from_outside(function: FunctionType) -> Iterator[Any]:
     yield {name: value for name, value in inside.items() if name != "__class__"}
     for name in _names_in(function.__code__):
         value = function.__globals__.get(name)
-        # The source of modules, classes and functions is part of the digest of the code.
-        if not isinstance(value, ModuleType | type) and not callable(value):
+        # The source of modules, classes and functions is part of the digest of the code; a
+        # function of the app has values from outside, too.
+        known = isinstance(value, _BY_SOURCE) or _is_of_library(value)
+        if value is not function and not known:
             yield name
             yield value
 
@@ -184,13 +211,22 @@ def _is_found(function: FunctionType) -> bool:
     return getattr(module, function.__qualname__, None) is function
 
 
+def _is_of_library(value: Any) -> bool:
+    """Return whether a value is one of an installed package, by its name there."""
+    module = getattr(value, "__module__", None)
+    name = getattr(value, "__qualname__", getattr(value, "__name__", None))
+    if not isinstance(module, str) or not isinstance(name, str) or not _is_library(module):
+        return False
+    return getattr(sys.modules.get(module), name, None) is value
+
+
 def _name(thing: Any) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
-def _modules_of(classes: Iterable[type]) -> set[str]:
-    """Return the names of modules that define the classes, and of those that these name."""
-    pending = [kind.__module__ for kind in classes]
+def _modules_of(parts: Iterable[type | FunctionType]) -> set[str]:
+    """Return the names of modules that define these, and of those that these modules name."""
+    pending = [part.__module__ for part in parts]
     found: set[str] = set()
     while pending:
         name = pending.pop()

@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmed_flower.clients.fingerprints import Unreadable, classes_in, code_digest, digest
+from fedmed_flower.clients.fingerprints import Unreadable, code_digest, code_in, digest
 from fedmed_flower.clients.image_store import Bytes, ImageStore, Name
 from fedmed_flower.clients.stored_rows import (
     packed,
@@ -108,11 +108,22 @@ class KeptImages:
         steps : sequence of transforms
         """
         try:
-            code = code_digest([*self._client.__mro__, *classes_in(steps)])
-            return digest(code, list(what), list(steps))
+            code = code_digest([*self._client.__mro__, *code_in(steps)])
+            kept = digest(*what)
         except Unreadable as error:
             self._say(f"{error}: no fingerprint tells what it does")
             return None
+        digests = []
+        for number, step in enumerate(steps, start=1):
+            try:
+                digests.append(digest(step))
+            except Unreadable as error:
+                self._say(
+                    f"step {number} of the transforms, {type(step).__name__}, and {error}: no "
+                    "fingerprint tells what it does. What is found in each image is kept"
+                )
+                return None
+        return digest(code, kept, digests)
 
     def claim(self, rows: Iterable[Row], slots: Sequence[str | None]) -> None:
         """Look at the files of rows before they are read, and keep what there is of them."""

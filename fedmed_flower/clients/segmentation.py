@@ -41,7 +41,7 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.images.geometry import spacing_of
 from fedmed_flower.images.names import plain_name
 from fedmed_flower.images.reading import read_image
-from fedmed_flower.images.regions import Regions, require_regions
+from fedmed_flower.images.regions import Regions, listed, require_regions
 from fedmed_flower.images.volumes import frames_of
 from fedmed_flower.metrics.names import DICE, NOISED_DICE, WORST
 from fedmed_flower.metrics.segmentation import (
@@ -74,7 +74,9 @@ class SegmentationClient(ImagingClient):
       background and the numbers 1, 2, ... for the classes (or `label_values`); or DICOM SEG or
       RTSTRUCT, a path or several, whose structures are found by the names in `classes`;
       or the values of `regions`. With `regions` it may also be one mask of 0 and 1 for each
-      region: a list of files, or an array (regions, *spatial);
+      region: a list of files, or an array (regions, *spatial); or, if the row names the regions in
+      their order by ``mask_regions``, one file of several volumes (4D). In DICOM files regions are
+      found by name, and may overlap;
     - ``patient``: anything hashable.
 
     The network's output is brought back to the grid of each mask and is measured there.
@@ -206,6 +208,13 @@ class SegmentationClient(ImagingClient):
             )
         if self.regions:
             self._require_regions_alone()
+            self._require_regions_of(data)
+        elif data.regions:
+            raise InputError(
+                f"the data name regions that may overlap ({listed(data.regions)}), and this client "
+                f"classes of which each voxel has one, {', '.join(names)}: give the client regions "
+                "in place of classes, or name classes in the data"
+            )
         elif data.class_names and [*map(plain_name, data.class_names)] != plain_names:
             raise InputError(
                 f"the data name their classes {', '.join(data.class_names)}, this client "
@@ -229,6 +238,19 @@ class SegmentationClient(ImagingClient):
             raise InputError(
                 f"classes are the names of the regions, {', '.join(self.regions)}: leave out "
                 f"classes, got {self.classes!r}"
+            )
+
+    def _require_regions_of(self, data: SiteData) -> None:
+        """Raise `InputError` if the data name other regions, or other values of them."""
+
+        def meaning(regions: Regions) -> dict[str, set[int]]:
+            return {plain_name(str(name)): {*values} for name, values in regions.items()}
+
+        if data.regions and meaning(data.regions) != meaning(self.regions):
+            raise InputError(
+                f"the data name the {listed(data.regions)}, this client the "
+                f"{listed(self.regions)}: a region must mean the same at all hospitals, so make "
+                "regions and data agree"
             )
 
     def describe(self, data: SiteData) -> dict[str, Any]:
@@ -442,7 +464,7 @@ class LoadPair(Transform):  # type: ignore[misc]
             if "label" not in row and not self.train:
                 return {**row, "image": image}
             # A mask without a position of its own takes the image's.
-            mask = self.structures.read(row["label"], self.spatial_dims, image)
+            mask = self.structures.read(row, self.spatial_dims, image)
         except InputError as error:
             raise InputError(f"patient {row['patient']}: {error}") from error
         if self.train:

@@ -15,8 +15,15 @@ from monai.transforms import RandCropByPosNegLabeld
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedmed_flower.data.site import Row
 from fedmed_flower.images.reading import read_label
-from fedmed_flower.images.regions import Regions, read_regions, values_of
+from fedmed_flower.images.regions import (
+    Regions,
+    read_regions,
+    regions_named,
+    require_no_regions,
+    values_of,
+)
 from fedmed_flower.metrics.segmentation import mask_scores, region_scores
 
 Mask = NDArray[np.uint8]
@@ -46,8 +53,8 @@ class Structures(ABC):
         """What the output channels are, in words."""
 
     @abstractmethod
-    def read(self, source: Any, spatial_dims: int, image: MetaTensor) -> MetaTensor:
-        """Read a mask that belongs to an image, as `truth` takes it; (k, *spatial), uint8.
+    def read(self, row: Row, spatial_dims: int, image: MetaTensor) -> MetaTensor:
+        """Read the mask of a row's image, as `truth` takes it; (k, *spatial), uint8.
 
         Raises
         ------
@@ -117,9 +124,12 @@ class Classes(Structures):
         """What the output channels are, in words."""
         return f"one for the background and one for each of {', '.join(self.names)}"
 
-    def read(self, source: Any, spatial_dims: int, image: MetaTensor) -> MetaTensor:
+    def read(self, row: Row, spatial_dims: int, image: MetaTensor) -> MetaTensor:
         """Read a mask of class numbers, (1, *spatial)."""
-        return read_label(source, spatial_dims, self.channels, self.values, image, self.names)
+        require_no_regions(row)
+        # The arguments of `check_row`, so that a mask is looked at once.
+        values = self.label_values
+        return read_label(row["label"], spatial_dims, self.channels, values, image, self.names)
 
     def loss(self) -> nn.Module:
         """Return Dice of each image plus cross entropy."""
@@ -184,9 +194,9 @@ class Overlapping(Structures):
         """What the output channels are, in words."""
         return f"one for each of {', '.join(self.names)}"
 
-    def read(self, source: Any, spatial_dims: int, image: MetaTensor) -> MetaTensor:
+    def read(self, row: Row, spatial_dims: int, image: MetaTensor) -> MetaTensor:
         """Read a mask as one channel a region, (regions, *spatial)."""
-        return read_regions(source, spatial_dims, self.regions, image)
+        return read_regions(row["label"], spatial_dims, self.regions, image, regions_named(row))
 
     def loss(self) -> nn.Module:
         """Return the loss of regions."""

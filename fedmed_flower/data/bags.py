@@ -13,16 +13,17 @@ from fedmed_flower.images.bags import patches_of
 from fedmed_flower.images.reading import files_of
 
 
-def check_bag(row: Row, spatial_dims: int, num_classes: int) -> Finding:
+def check_bag(row: Row, spatial_dims: int | None, num_classes: int | None) -> Finding:
     """Read the patches of a row and describe them; a problem is part of the finding.
 
     Parameters
     ----------
     row : dict
         ``image``, a bag as `patches_of` takes it; ``label`` and ``patient``.
-    spatial_dims : int
-        Of a patch.
-    num_classes : int
+    spatial_dims : int or None
+        Of a patch. None takes the dimensions of each file, and 2 for patches of an array.
+    num_classes : int or None
+        None accepts all whole numbers from 0 on.
 
     Returns
     -------
@@ -33,7 +34,7 @@ def check_bag(row: Row, spatial_dims: int, num_classes: int) -> Finding:
     image = row.get("image")
     name = "; ".join(map(str, files_of(image))) or "array"
     try:
-        patches = patches_of(image, spatial_dims)
+        patches = patches_of(image, spatial_dims or 2)
     except InputError as error:
         return Finding(str(row.get("patient", "")), name, problem=str(error))
     found = (check_row({**row, "image": patch}, spatial_dims, num_classes) for patch in patches)

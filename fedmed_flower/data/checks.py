@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,14 +13,12 @@ import numpy as np
 import torch
 
 from fedmed_flower.data.bounded import quoted
-from fedmed_flower.data.datalist import read_folder
 from fedmed_flower.data.site import Row, patient_text
-from fedmed_flower.data.splits import split_patients
 from fedmed_flower.errors import InputError, shown
 from fedmed_flower.images.geometry import orientation_of, spacing_of
 from fedmed_flower.images.headers import one_line
 from fedmed_flower.images.reading import classes_in, files_of, read_image, read_label
-from fedmed_flower.images.regions import Regions, read_regions
+from fedmed_flower.images.regions import Regions, read_regions, regions_named, require_no_regions
 from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import frames_of
 
@@ -120,7 +118,7 @@ def check_row(
     ----------
     row : dict
         ``image``, ``patient`` and ``label``: a class number, or a mask (path or array);
-        optionally ``split`` and ``frames``.
+        optionally ``split``, ``frames`` and ``mask_regions``.
     spatial_dims : int or None
         As in `read_image`.
     num_classes : int or None
@@ -149,20 +147,21 @@ def check_row(
                 raise InputError(f"the row has no {name}")
         image = read_image(row["image"], spatial_dims, frames_of(row, channels))
         values = image.as_tensor()
+        low, high = torch.aminmax(values)
         finding = replace(
             finding,
             shape=tuple(image.shape),
             spacing=spacing_of(image),
             orientation=orientation_of(image),
-            low=float(values.min()),
-            high=float(values.max()),
+            low=float(low),
+            high=float(high),
             digest=_digest(values),
         )
         is_text = any(files_of(row["label"]))
         if _is_mask(row["label"]) and (masks or not is_text):
             dims = image.ndim - 1
             options = (num_classes, label_values, image, names, regions)
-            label: Any = _classes(row["label"], dims, *options)
+            label: Any = _classes(row, dims, *options)
             if label == (0,) and not empty_masks:
                 raise InputError(
                     f"its mask {_name(row['label'])} is empty: it holds only the background"
@@ -176,73 +175,6 @@ def check_row(
     except Exception as error:  # A file or a row can raise anything.
         text = f"{finding.image}: {type(error).__name__}: {one_line(error)}"
         return replace(finding, problem=shown(text))
-
-
-def check_folder(
-    folder: str | Path,
-    spatial_dims: int | None = None,
-    num_classes: int | None = None,
-    label_values: Sequence[int] = (),
-    empty_masks: bool = False,
-) -> list[Finding]:
-    """Check each row of a folder that `read_folder` understands.
-
-    Parameters
-    ----------
-    folder : str or Path
-    spatial_dims : int or None
-        None takes the dimensions of each file.
-    num_classes : int or None
-        None takes the classes that ``label_values`` or dataset.json names; if neither names any,
-        all whole numbers from 0 on are accepted.
-    label_values, empty_masks
-        As `check_row` takes them.
-
-    Returns
-    -------
-    list of Finding
-        One a row, then one without an image for each note of `read_folder` and each problem of the
-        folder as a whole: files that `read_folder` could not use, a patient in two splits, an image
-        that two patients have, and
-        images that differ in dimensions or channels.
-
-    Raises
-    ------
-    InputError
-        As `read_folder`.
-    """
-    listing = read_folder(folder)
-    if num_classes is None and listing.class_names and not label_values:
-        num_classes = 1 + len(listing.class_names)
-    findings = [
-        without_constant(
-            check_row(
-                row,
-                spatial_dims,
-                num_classes,
-                label_values,
-                empty_masks,
-                names=listing.class_names,
-            )
-        )
-        for row in listing.rows
-    ]
-    problems = list(listing.problems)
-    try:
-        split_patients(listing.rows, 0, (1.0, 0.0, 0.0))
-    except InputError as error:
-        problems.append(str(error))
-    problems += map(str, shared_images((finding.split, finding) for finding in findings))
-    shapes = [finding.shape for finding in findings if finding.shape]
-    kinds = Counter((shape[0], len(shape) - 1) for shape in shapes)
-    if len(kinds) > 1:
-        listed = (
-            f"{count} with {channels} channel{'s' * (channels > 1)} in {dims}D"
-            for (channels, dims), count in kinds.most_common()
-        )
-        problems.append(f"one network cannot take all images: there are {', '.join(listed)}")
-    findings += [Finding("", "", note=note) for note in listing.notes]
-    return findings + [Finding("", "", problem=problem) for problem in problems]
 
 
 def without_constant(finding: Finding) -> Finding:
@@ -283,7 +215,7 @@ def _digest(values: torch.Tensor) -> str:
 
 
 def _classes(
-    source: Any,
+    row: Row,
     dims: int,
     num_classes: int | None,
     values: Sequence[int],
@@ -292,11 +224,14 @@ def _classes(
     regions: Regions | None,
 ) -> tuple[int, ...]:
     """Return the classes that a mask holds; of regions 0, and the numbers from 1 on."""
+    source = row["label"]
     name = _name(source)
     try:
         if regions:
-            channels = read_regions(source, dims, regions, image).as_tensor()
+            order = regions_named(row)
+            channels = read_regions(source, dims, regions, image, order).as_tensor()
             return (0, *(n for n, channel in enumerate(channels, start=1) if channel.any()))
+        require_no_regions(row)
         mask = read_label(source, dims, num_classes, values, image, names)
     except InputError as error:
         raise InputError(f"its mask {_prefixed(shown(name), str(error))}") from None

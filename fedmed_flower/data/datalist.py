@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ class Listing:
         One line for each file or line of a table that cannot be used, and why. These give no row.
     notes : tuple of str
         What else is worth knowing: what was left out on purpose, and what can be chosen.
+    regions : dict of str to tuple of int
+        Regions that may overlap from nnU-Net's dataset.json, with the values of masks that belong
+        to each.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -49,6 +52,7 @@ class Listing:
     class_names: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def read_folder(folder: str | Path, series: str = "", labels: Sequence[str] = ()) -> Listing:
@@ -56,10 +60,12 @@ def read_folder(folder: str | Path, series: str = "", labels: Sequence[str] = ()
 
     1. ``dataset.json`` of the Medical Segmentation Decathlon. In each entry of "training", "image"
        is a path or a list of paths (channels), "label" a path or a class number; "patient" and
-       "split" are optional, and so is "frames", as `frames_of` reads it. An entry without a patient
-       is named after its file. That of nnU-Net is read too: a case is a patient.
+       "split" are optional, and so are "frames", as `frames_of` reads it, and "mask_regions", the
+       region of each volume of a mask. An entry without a patient is named after its file. That
+       of nnU-Net is read too: a case is a patient.
     2. ``datalist.csv``, or the only .csv file if there are no DICOM files: columns image, label,
-       patient and, optionally, split and frames. Several paths separated by ";" are channels.
+       patient and, optionally, split, frames and mask_regions. Several paths separated by ";" are
+       channels.
     3. DICOM files, in the folder and all folders below, in whatever folders a PACS has put them;
        the patient is the PatientID. Slices that share a SeriesInstanceUID are a series, and each
        of its stacks an image; a file without a position in the patient (X-rays) is an image by
@@ -135,6 +141,7 @@ def load_folder(
         source=shown(f"folder {path.resolve().name}, {listing.layout}"),
         generated=(path / MARK).exists(),
         class_names=listing.class_names,
+        regions=listing.regions,
         rejected=len(listing.problems),
         notes=listing.notes,
     )
@@ -144,9 +151,10 @@ def _read(folder: Path, series: str, labels: tuple[str, ...]) -> Listing:
     problems: list[str] = []
     notes: list[str] = []
     names: tuple[str, ...] = ()
+    regions: Mapping[str, tuple[int, ...]] = {}
     if (file := folder / DATASET).is_file():
         layout = DATASET
-        lines, names = read_dataset(file, problems)
+        lines, names, regions = read_dataset(file, problems)
         rows = rows_of(lines, folder, _COLUMNS, problems, labels)
     elif table := _find_table(folder):
         layout = table.name
@@ -159,7 +167,7 @@ def _read(folder: Path, series: str, labels: tuple[str, ...]) -> Listing:
     else:
         raise InputError(f"{folder} holds no data: looked for {_LOOKED_FOR}")
     texts = tuple(map(shown, problems))
-    return Listing(tuple(rows), layout, names, texts, tuple(map(shown, notes)))
+    return Listing(tuple(rows), layout, names, texts, tuple(map(shown, notes)), regions)
 
 
 def _find_table(folder: Path) -> Path | None:

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from fedmed_flower.data.bounded import leads_out, quoted, real_path
-from fedmed_flower.errors import InputError
+from fedmed_flower.errors import InputError, shown
+from fedmed_flower.images.names import plain_name
 from fedmed_flower.images.photographs import PICTURES
 
 _IMAGES = "imagesTr"
 _MASKS = "labelsTr"
+_BACKGROUND = "background"
+_IGNORED = "ignore"
+_ORDER = "regions_class_order"
 
 
 def is_nnunet(content: Mapping[str, Any]) -> bool:
@@ -78,27 +82,81 @@ def read_cases(
     return entries
 
 
-def numbered_classes(content: Mapping[str, Any], file: Path, problems: list[str]) -> Any:
-    """Return ``labels``; empty, and a problem, if it has regions of several classes.
-
-    A class that is to be ignored is a problem too.
-    """
+def has_regions(content: Mapping[str, Any]) -> bool:
+    """Return whether ``labels`` has regions, of which one at least is a list of values."""
     labels = content.get("labels")
-    if not isinstance(labels, dict):
-        return labels
-    if "ignore" in labels:
+    return isinstance(labels, dict) and any(isinstance(value, list) for value in labels.values())
+
+
+def numbered_classes(content: Mapping[str, Any], file: Path, problems: list[str]) -> Any:
+    """Return ``labels``; a class that is to be ignored is a problem."""
+    labels = content.get("labels")
+    if isinstance(labels, dict) and _IGNORED in labels:
         problems.append(
             f'{file.name}: "labels" has a class "ignore", which is not left out of training and '
             "figures: it counts as any other class"
         )
-    regions = [str(name) for name, value in labels.items() if isinstance(value, list)]
-    if not regions:
-        return labels
-    problems.append(
-        f'{file.name}: "labels" has regions of several classes ({", ".join(regions)}), which are '
-        "not read: the rows have the masks' own classes, without names"
-    )
-    return {}
+    return labels
+
+
+def read_regions_of(
+    content: Mapping[str, Any], file: Path, problems: list[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return the regions of ``labels``, with the values of masks that belong to each.
+
+    Values that are to be ignored belong to no region: that there are some is a problem.
+
+    Raises
+    ------
+    InputError
+        If a region does not hold whole numbers from 1 on, each once; if two regions have one name;
+        if ``regions_class_order`` does not name a value of each region, in their order.
+    """
+    labels: Mapping[str, Any] = content["labels"]
+    regions: dict[str, tuple[int, ...]] = {}
+    for name, value in labels.items():
+        if name == _IGNORED:
+            problems.append(
+                f'{file.name}: "labels" has values to "ignore", which cannot be left out of '
+                "training and figures: masks that hold them are rejected"
+            )
+            continue
+        values = value if isinstance(value, list) else [value]
+        is_background = len(values) == 1 and type(values[0]) is int and values[0] == 0
+        if name == _BACKGROUND and not is_background:
+            raise InputError(f'{file}: "background" must be 0, got {quoted(value)}')
+        if is_background:
+            continue
+        whole = all(type(one) is int and one > 0 for one in values)
+        if not whole or not values or len({*values}) < len(values):
+            raise InputError(
+                f'{file}: region "{shown(name)}" of "labels" must hold whole numbers from 1 on, '
+                f"each once, got {quoted(value)}"
+            )
+        regions[name] = tuple(values)
+    if len({*map(plain_name, regions)} - {""}) < len(regions):
+        raise InputError(
+            f'{file}: regions of "labels" must differ by more than case, blanks, "_" and "-", got '
+            f"{shown(', '.join(regions), 200)}"
+        )
+    if _ORDER in content:
+        _require_order(content[_ORDER], regions, file)
+    return regions
+
+
+def _require_order(order: Any, regions: Mapping[str, Sequence[int]], file: Path) -> None:
+    """Raise `InputError` if the values that nnU-Net writes for regions are not theirs."""
+    fits = isinstance(order, list) and len(order) == len(regions)
+    if not fits or not all(
+        value in values for value, values in zip(order, regions.values(), strict=True)
+    ):
+        listed = "; ".join(
+            f"{name} of {', '.join(map(str, values))}" for name, values in regions.items()
+        )
+        raise InputError(
+            f'{file}: "{_ORDER}" must name a value of each region in their order, '
+            f"{shown(listed, 300)}, got {quoted(order)}"
+        )
 
 
 def _channels(names: Any, file: Path) -> int:

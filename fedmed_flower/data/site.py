@@ -210,6 +210,9 @@ class SiteData:
         them. They are reported to the server.
     notes : tuple of str
         What else is worth knowing of the folder, such as what was left out of it on purpose.
+    regions : dict of str to sequence of int
+        Regions that may overlap, with the values of masks that belong to each, if the data name
+        them. A client with others refuses the data.
     """
 
     train: Sequence[Row]
@@ -221,6 +224,7 @@ class SiteData:
     rejected: int = 0
     lacking: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    regions: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def all_rows(data: SiteData) -> Sequence[Row]:

@@ -10,12 +10,19 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedmed_flower.data.bounded import LINK_OUT, leads_out, links_out, quoted, real_path
-from fedmed_flower.data.nnunet import is_nnunet, numbered_classes, read_cases
+from fedmed_flower.data.nnunet import (
+    has_regions,
+    is_nnunet,
+    numbered_classes,
+    read_cases,
+    read_regions_of,
+)
 from fedmed_flower.data.site import SPLITS
 from fedmed_flower.errors import InputError, shown
+from fedmed_flower.images.names import listed_names
 from fedmed_flower.images.series import Series
 from fedmed_flower.images.volumes import require_frames
 
@@ -33,8 +40,27 @@ class _UnusableError(Exception):
     """One line of a table cannot be used."""
 
 
-def read_dataset(file: Path, problems: list[str]) -> tuple[list[Line], tuple[str, ...]]:
-    """Return the training entries of a dataset.json and the names of the classes 1, 2, ...
+class Dataset(NamedTuple):
+    """What a dataset.json lists.
+
+    Attributes
+    ----------
+    lines : list of Line
+        Its training entries.
+    class_names : tuple of str
+        Names of the classes 1, 2, ...; empty if it names none, or regions.
+    regions : dict of str to tuple of int
+        Regions that may overlap, with the values of masks that belong to each; empty if it names
+        none.
+    """
+
+    lines: list[Line]
+    class_names: tuple[str, ...]
+    regions: Mapping[str, tuple[int, ...]]
+
+
+def read_dataset(file: Path, problems: list[str]) -> Dataset:
+    """Return the training entries of a dataset.json, and the names of its classes or regions.
 
     It is the Medical Segmentation Decathlon's, or nnU-Net's, whose cases are the files of two
     folders beside it. An entry without a patient is named after its first file, or its case. If
@@ -45,7 +71,7 @@ def read_dataset(file: Path, problems: list[str]) -> tuple[list[Line], tuple[str
     ------
     InputError
         If the file is not JSON, has neither a list "training" nor nnU-Net's "channel_names", or is
-        a link out of its folder; as `nnunet.read_cases`.
+        a link out of its folder; as `nnunet.read_cases` and `nnunet.read_regions_of`.
     """
     try:
         content = json.loads(_text(file))
@@ -60,9 +86,11 @@ def read_dataset(file: Path, problems: list[str]) -> tuple[list[Line], tuple[str
             (f"{file.name}, case {case}", {"patient": case, **entry})
             for case, entry in cases.items()
         ]
-        labels = numbered_classes(content, file, problems)
         _warn_of_nameless(file, len(lines))
-        return lines, _class_names(labels or {}, file, problems)
+        if has_regions(content):
+            return Dataset(lines, (), read_regions_of(content, file, problems))
+        labels = numbered_classes(content, file, problems)
+        return Dataset(lines, _class_names(labels or {}, file, problems), {})
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
         raise InputError(f'{file} must hold a list "training" of entries with image and label')
     lines = []
@@ -79,7 +107,7 @@ def read_dataset(file: Path, problems: list[str]) -> tuple[list[Line], tuple[str
             lines.append((where, {"patient": _stem(entry.get("image")), **said, **entry}))
         else:
             problems.append(f"{where}: it must be an object with image and label")
-    return lines, _class_names(content.get("labels") or {}, file, problems)
+    return Dataset(lines, _class_names(content.get("labels") or {}, file, problems), {})
 
 
 def _warn_of_nameless(file: Path, count: int) -> None:
@@ -155,7 +183,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Return a row for each line: ``image``, ``patient`` and what else of a row is given.
 
-    That is ``label``, ``split`` and ``frames``.
+    That is ``label``, ``split``, ``frames`` and ``mask_regions``.
 
     With ``labels``, names of columns, the label is a dict by name of numbers, None where a cell is
     empty. A line that cannot be used is added to ``problems``, such as one whose files lie outside
@@ -218,6 +246,8 @@ def _row(
         row["label"] = _label(line["label"], folder, root)
     if line.get("frames") not in (None, ""):
         row["frames"] = _frames(line["frames"])
+    if line.get("mask_regions") not in (None, ""):
+        row["mask_regions"] = _names(line["mask_regions"])
     if line.get("split") is not None:
         row["split"] = str(line["split"]).strip().lower()
         if row["split"] not in SPLITS:
@@ -237,6 +267,14 @@ def _frames(frames: Any) -> int | str:
         return require_frames(frames)
     except InputError as error:
         raise _UnusableError(str(error)) from None
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Return the regions of a mask's volumes, from a cell or an entry."""
+    try:
+        return listed_names(value)
+    except InputError as error:
+        raise _UnusableError(f"its mask_regions: {error}") from None
 
 
 def _label(label: Any, folder: Path, root: Path) -> int | float | str | list[str]:
@@ -331,12 +369,15 @@ def _require_columns(file: Path, names: Sequence[str], needed: Sequence[str]) ->
     for name in needed:
         if names.count(name) != 1:
             # A client for tables says by its schema what the columns are.
-            hint = (
-                "; if it lists no images, name the app that reads it: fedmed data check --app APP"
-            )
+            hints = {
+                "image": "; if it lists no images, name the app that reads it: "
+                "fedmed data check --app APP",
+                "label": "; if findings are columns, name them: fedmed data check --findings NAMES",
+            }
+            hint = hints.get(name, "") if name not in names else ""
             raise InputError(
                 f"{file} must have one column {name!r}, got {names.count(name)}: its columns are "
-                f"{', '.join(names)}{hint if name not in names and name == 'image' else ''}"
+                f"{', '.join(names)}{hint}"
             )
 
 

@@ -17,7 +17,15 @@ from fedmed_flower.images.headers import dicom_files, is_dicom, kind_of
 from fedmed_flower.images.names import plain_name
 from fedmed_flower.images.segments import Segments
 from fedmed_flower.images.series import Series
-from fedmed_flower.images.structures import Claims, Grid, Structure, Structures
+from fedmed_flower.images.structures import (
+    Array,
+    Claims,
+    ClassClaims,
+    Grid,
+    RegionClaims,
+    Structure,
+    Structures,
+)
 
 _LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"
 _KINDS: dict[str, type[Segments] | type[Contours]] = {
@@ -78,6 +86,39 @@ def read_structures(files: Sequence[Path], names: Sequence[str], image: MetaTens
         If a file cannot be read or has none of the names, if two classes claim a voxel, or if a
         plane lies beside those of the image.
     """
+    claims = ClassClaims(names, Grid.of(image))
+    _claim(files, names, claims)
+    claims.require_single()
+    return _on(image, claims.mask)
+
+
+def read_overlapping(files: Sequence[Path], names: Sequence[str], image: MetaTensor) -> MetaTensor:
+    """Return one mask a region from SEG and RTSTRUCT files, whose structures may overlap.
+
+    Parameters
+    ----------
+    files, image
+        As `read_structures` takes them.
+    names : sequence of str
+        Names of the regions; compared by `plain_name`.
+
+    Returns
+    -------
+    MetaTensor
+        uint8 of 0 and 1, (regions, *spatial), at the place of ``image``.
+
+    Raises
+    ------
+    InputError
+        As `read_structures`, but not of structures that overlap.
+    """
+    claims = RegionClaims(len(names), Grid.of(image))
+    _claim(files, names, claims)
+    return _on(image, claims.masks)
+
+
+def _claim(files: Sequence[Path], names: Sequence[str], claims: Claims) -> None:
+    """Mark the voxels of all structures that have one of the names."""
     parts: list[Structures] = [_KINDS[kind_of(file)](file) for file in files]
     listed = [part.listed() for part in parts]
     numbers = _classes_of(listed, names)
@@ -86,13 +127,15 @@ def read_structures(files: Sequence[Path], names: Sequence[str], image: MetaTens
             f"it has none of the structures {', '.join(names)}, but {_listed_names(listed)}: name "
             "the classes so, or rename its structures"
         )
-    claims = Claims(names, Grid.of(image))
     for part, own in zip(parts, numbers, strict=True):
         if own:
             part.claim(own, claims)
-    claims.require_single()
-    mask = torch.from_numpy(claims.mask.reshape(1, *image.shape[1:]))
-    return MetaTensor(mask, image.affine, file_affine_of(image))
+
+
+def _on(image: MetaTensor, voxels: Array) -> MetaTensor:
+    """Return masks of an image's grid, at its place."""
+    masks = torch.from_numpy(voxels.reshape(-1, *image.shape[1:]))
+    return MetaTensor(masks, image.affine, file_affine_of(image))
 
 
 def _classes_of(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
+
+from fedmed_flower.errors import InputError
 
 _SEPARATORS = re.compile(r"[\s_-]+")
 
@@ -14,6 +17,22 @@ def plain_name(name: str) -> str:
     so that "T1-1" is not "T11".
     """
     return _SEPARATORS.sub(_joined, name.casefold().strip(" \t\n_-"))
+
+
+def listed_names(value: Any) -> tuple[str, ...]:
+    """Return the names of a list, or of a text in which ";" separates them; None has no name.
+
+    Raises
+    ------
+    InputError
+        If it is something else.
+    """
+    if value is None:
+        return ()
+    parts = value.split(";") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise InputError(f'names must be texts, as in "WT;TC;ET", got {value!r:.100}')
+    return tuple(name for part in parts if (name := part.strip()))
 
 
 def _joined(separator: re.Match[str]) -> str:

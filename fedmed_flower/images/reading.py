@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,13 +34,16 @@ from fedmed_flower.images.masks import read_structures, structure_files
 from fedmed_flower.images.photographs import PICTURES, read_picture
 from fedmed_flower.images.resampling import resampled
 from fedmed_flower.images.series import Series
+from fedmed_flower.images.spaces import require_one_space
 from fedmed_flower.images.volumes import read_volume, require_frames, taken
+
+log = logging.getLogger("flwr.fedmed")
 
 # How far a value of a mask may lie from its class: resampling leaves 1.0000001 for 1.
 _NEAR = 1e-3
 
 # Slices of which a copy fits into the processor's own memory.
-_SLICES = 16
+_SLICES = 8
 
 Array = NDArray[Any]
 # Values with the channel first, their affine, and whether it states a position in the patient.
@@ -55,7 +59,7 @@ _read_before: ContextVar[_Before | None] = ContextVar("read_before", default=Non
 
 @contextmanager
 def reading_once() -> Iterator[None]:
-    """Let `read_image` and `read_label` return the same object if they are asked the same again.
+    """Let what is `once_a_row` return the same object if it is asked the same again.
 
     For one row at a time: all that is read stays in memory until the context is left.
     """
@@ -66,7 +70,7 @@ def reading_once() -> Iterator[None]:
         _read_before.reset(token)
 
 
-def _shared(read: Callable[P, R]) -> Callable[P, R]:
+def once_a_row(read: Callable[P, R]) -> Callable[P, R]:
     """Make a function that reads obey `reading_once`."""
     bind = signature(read).bind
 
@@ -89,17 +93,19 @@ def _shared(read: Callable[P, R]) -> Callable[P, R]:
 
 
 def _are_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether arguments are the same objects, or equal numbers, texts or tuples of them."""
+    """Return whether arguments are the same objects, or equal numbers, texts, tuples or dicts."""
 
     def same(a: Any, b: Any) -> bool:
         if a is b:
             return True
-        return type(a) is type(b) and isinstance(a, int | str | Path | tuple) and bool(a == b)
+        return (
+            type(a) is type(b) and isinstance(a, int | str | Path | tuple | dict) and bool(a == b)
+        )
 
     return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
 
 
-@_shared
+@once_a_row
 def read_image(
     source: Any,
     spatial_dims: int | None,
@@ -114,8 +120,9 @@ def read_image(
     source : str, Path, ndarray, Tensor, or sequence of paths
         A NIfTI file (or another that nibabel reads), an NRRD or MetaImage file, a picture, a .npy
         file, a DICOM file, a folder with one DICOM series, or an array of shape (*spatial) or
-        (channels, *spatial). Several paths are the channels of one image, on one grid. Several
-        `Series` are too; those on another grid are resampled to the first one's, see `resampled`.
+        (channels, *spatial). Several paths, or `Series`, are the channels of one image. A volume on
+        another grid is resampled to the first one's, see `resampled`, if their positions can be
+        compared, see `require_one_space`.
     spatial_dims : int or None
         2 or 3. None takes the dimensions of the file: 2 for pictures and single slices, else 3.
     frames : int or str, optional
@@ -169,7 +176,7 @@ def read_image(
     return image
 
 
-@_shared
+@once_a_row
 def read_label(
     source: Any,
     spatial_dims: int | None,
@@ -210,7 +217,19 @@ def read_label(
     if files := structure_files(source):
         _require_names(names, num_classes, image)
         return read_structures(files, names, image)
-    mask = read_image(source, spatial_dims, mask=True)
+    return as_classes(read_image(source, spatial_dims, mask=True), num_classes, values, image)
+
+
+def as_classes(
+    mask: MetaTensor,
+    num_classes: int | None,
+    values: Sequence[int] = (),
+    image: MetaTensor | None = None,
+) -> MetaTensor:
+    """Return a mask that `read_image` has read, with one class number for each voxel.
+
+    Parameters, what is returned, and errors are those of `read_label`.
+    """
     if len(mask) != 1:
         raise InputError(f"a mask must have one channel, got {len(mask)}")
     if image is not None:
@@ -277,17 +296,25 @@ def files_of(source: Any) -> Iterator[Path]:
 
 
 def _beside(part: MetaTensor, path: Any, first: MetaTensor, first_path: Any) -> MetaTensor:
-    """Return a channel on the grid of the first one; only DICOM series are resampled for that."""
+    """Return a channel on the grid of the first one."""
     try:
         return brought_to(part, first)
     except InputError as error:
-        if not (isinstance(path, Series) and isinstance(first_path, Series)):
-            raise InputError(f"{path} does not fit {first_path}: {error}") from None
+        problem = str(error)
     try:
-        return resampled(part, first)
+        require_one_space((path, part), (first_path, first))
+    except InputError as error:
+        raise InputError(
+            f"{path} does not fit {first_path}: {problem}; and it cannot be brought to that grid: "
+            f"{error}. Save it on the grid of the first channel"
+        ) from None
+    try:
+        changed = resampled(part, first)
     except InputError as error:
         text = f"{path} cannot be brought to the grid of {first_path}: {error}"
         raise InputError(text) from None
+    log.info("%s is brought to the grid of %s by linear interpolation", path, first_path)
+    return changed
 
 
 def _read(source: Any, spatial_dims: int | None, frames: int | str | None, mask: bool) -> _Read:
@@ -377,19 +404,19 @@ def _fit(
             affine = np.diag([*sides[:2], 1.0, 1.0])
     if mask and array.dtype == np.uint8:
         # What most masks hold: as float32 they take four times the memory and a pass more.
-        codes = torch.from_numpy(np.array(array, order="C"))
+        codes = torch.from_numpy(_copied(array, np.uint8))
         return MetaTensor(codes, torch.from_numpy(affine.copy()), meta)
     with np.errstate(over="ignore"):
-        values = torch.from_numpy(_as_float32(array))
+        values = torch.from_numpy(_copied(array, np.float32))
     # NaN and infinities show in the least and greatest value, which take less time to find.
     if not all(map(torch.isfinite, torch.aminmax(values))):
         raise InputError("it holds NaN or infinite values")
     return MetaTensor(values, torch.from_numpy(affine.copy()), meta)
 
 
-def _as_float32(array: Array) -> Array:
-    """Return a copy as float32, with the last axis closest together."""
-    values = np.empty(array.shape, np.float32)
+def _copied(array: Array, kind: type[np.generic]) -> Array:
+    """Return a copy of another kind of numbers, with the last axis closest together."""
+    values = np.empty(array.shape, kind)
     # A NIfTI file has its first axis closest together: all of it at once takes twice as long.
     for start in range(0, array.shape[-1], _SLICES):
         part = slice(start, start + _SLICES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import numpy as np
 from monai.data import MetaTensor
 from numpy.typing import NDArray
 
+from fedmed_flower.data.bounded import require_within
 from fedmed_flower.errors import InputError
 from fedmed_flower.images.geometry import FILE_AFFINE, FRAME_OF_REFERENCE
 
@@ -149,18 +152,33 @@ class Grid:
         return float(np.linalg.norm(self.affine[:3, axis]))
 
 
-class Claims:
-    """The voxels of a grid by the class that claims them.
+class Claims(ABC):
+    """The voxels of a grid that structures mark.
 
     Attributes
     ----------
     grid : Grid
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    @abstractmethod
+    def claim(self, number: int, axis: int, plane: int, marked: Marked) -> None:
+        """Mark voxels of one plane, across an axis, for the structure of a number from 1 on."""
+
+
+class ClassClaims(Claims):
+    """The voxels of a grid by the class that claims them.
+
+    Attributes
+    ----------
     mask : ndarray
         uint8, of the shape of the grid: the class of each voxel, or 0.
     """
 
     def __init__(self, classes: Sequence[str], grid: Grid) -> None:
-        self.grid = grid
+        super().__init__(grid)
         self.mask = np.zeros(grid.shape, np.uint8)
         self._classes = classes
         self._doubled: Counter[tuple[int, int]] = Counter()
@@ -186,3 +204,22 @@ class Claims:
                 f"its structures overlap: {'; '.join(pairs)}. A mask has one class a voxel: "
                 "correct the outlines, or leave a class out"
             )
+
+
+class RegionClaims(Claims):
+    """The voxels of a grid by the regions that claim them, which may be several.
+
+    Attributes
+    ----------
+    masks : ndarray
+        uint8 of 0 and 1, (regions, *grid.shape).
+    """
+
+    def __init__(self, count: int, grid: Grid) -> None:
+        super().__init__(grid)
+        require_within("its regions have", count * math.prod(grid.shape), "an image")
+        self.masks = np.zeros((count, *grid.shape), np.uint8)
+
+    def claim(self, number: int, axis: int, plane: int, marked: Marked) -> None:
+        """Add voxels of one plane, across an axis, to a region."""
+        np.moveaxis(self.masks[number - 1], axis, 0)[plane][marked] = 1

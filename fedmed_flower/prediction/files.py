@@ -212,12 +212,18 @@ class _Numbers(_Worker):
 
 
 class _Masks(_Worker):
-    """Outlines structures; writes a mask for each image, or one for each of its regions."""
+    """Outlines structures; writes a mask for each image, or one for each of its regions.
+
+    Regions of which each holds the next are written as one mask of their values, too.
+    """
 
     def __init__(self, client: Any, network: nn.Module, out: Path) -> None:
+        from fedmed_flower.images.regions import nested
+
         super().__init__(client, network, out)
         self._taken: set[str] = set()
         self._regions = tuple(client.regions)
+        self._order = nested(client.regions)
         values = np.asarray(client.label_values or range(client.num_classes))
         if self._regions:
             values = np.asarray([0, 1])
@@ -232,11 +238,16 @@ class _Masks(_Worker):
         self._values = values.astype(fits[0])
 
     def head(self) -> list[str]:
+        return ["file", *self._columns(), _PROBLEM]
+
+    def _columns(self) -> list[str]:
+        """Return the names of the columns of masks."""
         names = [f"mask {name}" for name in self._regions] or ["mask"]
-        return ["file", *names, _PROBLEM]
+        return [*names, "label map"] if self._order else names
 
     def lines(self, source: Source) -> list[Line]:
         from fedmed_flower.images.reading import read_image
+        from fedmed_flower.images.regions import label_map
         from fedmed_flower.images.volumes import frames_of
 
         (found,) = self.client.predict(self.network, self.prepared(source))
@@ -251,18 +262,34 @@ class _Masks(_Worker):
                 "postprocess must keep the shape"
             )
         first = source[0] if isinstance(source, tuple) else source
+        files = [_file_of(self._values[numbers], image, first) for numbers in masks]
+        ending = files[0][0]
+        whole = self.out / self._free_name(first, "", ending)
+        places = [self.out / self._free_name(first, name, ending) for name in self._regions]
+        if self._order:
+            files.append(_file_of(label_map(masks, self._order), image, first))
+            places.append(whole)
         paths = []
-        for name, numbers in zip(self._regions or ("",), masks, strict=True):
-            ending, content = _file_of(self._values[numbers], image, first)
-            path = self.out / f"{self._free_name(first, name, ending)}{ending}"
+        for place, (_, content) in zip(places or [whole], files, strict=True):
+            path = Path(f"{place}{ending}")
             write_atomic(path, content)
             paths.append(str(path))
-        return [[name_of(source), *paths, *self.written_besides(masks[0], image, paths[0], first)]]
+        return [[name_of(source), *paths, *self.written_besides(found, image, whole, first)]]
 
     def written_besides(
-        self, numbers: NDArray[np.uint8], image: Any, path: str, source: Path
+        self, found: NDArray[np.uint8], image: Any, whole: Path, source: Path
     ) -> Line:
-        """Return the other cells of the line of a mask, whose file is ``path``."""
+        """Return the other cells of a line.
+
+        Parameters
+        ----------
+        found : ndarray
+            Class numbers (*spatial), or regions (regions, *spatial).
+        image : MetaTensor
+        whole : Path
+            What a file of all structures is called, without its ending.
+        source : Path
+        """
         return [""]
 
     def _free_name(self, path: Path, region: str, ending: str) -> str:
@@ -282,30 +309,24 @@ class _Masks(_Worker):
 
 
 class _MasksAndSegmentations(_Masks):
-    """Writes the mask of a DICOM file or series as DICOM SEG as well."""
+    """Writes the mask, or the regions, of a DICOM file or series as DICOM SEG as well."""
 
     def __init__(self, client: Any, network: nn.Module, out: Path) -> None:
         from fedmed_flower.prediction.segmentations import SegmentationWriter
 
         super().__init__(client, network, out)
-        if self._regions:
-            raise InputError(
-                "--seg writes classes of which each voxel has one, and this model outlines regions "
-                "that may overlap: leave it out"
-            )
         self._writer = SegmentationWriter(client.classes, type(client).__name__, network)
 
     def head(self) -> list[str]:
-        return ["file", "mask", "segmentation", _PROBLEM]
+        return ["file", *self._columns(), "segmentation", _PROBLEM]
 
     def written_besides(
-        self, numbers: NDArray[np.uint8], image: Any, path: str, source: Path
+        self, found: NDArray[np.uint8], image: Any, whole: Path, source: Path
     ) -> Line:
         """Write the segmentation; if that cannot be, the mask is there all the same."""
-        name = Path(path).name.removesuffix(".gz").removesuffix(".nii").removesuffix(".png")
-        segmentation = Path(path).with_name(f"{name}{_SEG}")
+        segmentation = Path(f"{whole}{_SEG}")
         try:
-            write_atomic(segmentation, self._writer.content(numbers, image, source))
+            write_atomic(segmentation, self._writer.content(found, image, source))
         except InputError as error:
             reason = shown(error, _MOST_LETTERS)
             log.warning("%s: %s", source, reason)

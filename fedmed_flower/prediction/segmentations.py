@@ -49,7 +49,7 @@ class SegmentationWriter:
     Parameters
     ----------
     classes : sequence of str
-        Names of the classes 1, 2, ...
+        Names of the classes 1, 2, ..., or of regions.
     model : str
         The name of the client, which stands as the algorithm.
     network : nn.Module
@@ -82,7 +82,8 @@ class SegmentationWriter:
         ----------
         mask : ndarray
             Class numbers: (columns, rows, slices) as `read_dicom` orders them, or (rows, columns)
-            of one slice or an X-ray.
+            of one slice or an X-ray. Or 0 and 1 of one segment each, which may overlap, with the
+            segments as the first axis.
         image : MetaTensor
             What `read_image` returned for the source.
         source : Path
@@ -97,13 +98,18 @@ class SegmentationWriter:
             raise InputError(f"no SEG is written, since {source} is not DICOM")
         files = dicom_files(source) if source.is_dir() else [source]
         headers = [open_dicom(file, stop_before_pixels=True) for file in files]
-        planes = mask.transpose(2, 1, 0) if mask.ndim == 3 else mask[None]
+        # highdicom takes (planes, rows, columns), and segments that may overlap as a last axis.
+        last = [0] if mask.ndim == image.ndim else []
+        within = [axis for axis in range(mask.ndim) if axis not in last]
+        is_volume = len(within) == 3
+        planes = mask.transpose([*(within[::-1] if is_volume else within), *last])
+        planes = planes if is_volume else planes[None]
         options: dict[str, Any] = {}
         if int(headers[0].get("NumberOfFrames") or 1) > 1:
             options = _places(_affine_of(image), len(planes))
         elif len(headers) > 1:
             headers = _in_order(headers, _affine_of(image), len(planes), source)
-        if mask.ndim == 3 and not options and len(headers) != len(planes):
+        if is_volume and not options and len(headers) != len(planes):
             raise InputError(
                 f"no SEG is written: {source} has {len(headers)} slices, the mask {len(planes)}"
             )

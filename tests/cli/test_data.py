@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shutil
@@ -6,8 +7,9 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from dicom_files import write_image, write_series
+from dicom_files import write_image, write_seg, write_series
 from PIL import Image
+from pydicom.dataset import Dataset
 from typer.testing import CliRunner
 
 from fedmed_flower.cli.main import app
@@ -380,3 +382,160 @@ def test_a_hospital_of_one_class_among_others_may_be_coded_otherwise(tmp_path):
     # Nobody has several classes.
     code, printed = check(*places[2:], "--app", str(HEART))
     assert "several classes" not in " ".join(printed)
+
+
+# --- What an app would say ------------------------------------------------------------------------
+
+
+def words(lines):
+    return " ".join(" ".join(lines).split())
+
+
+def test_rules_choose_series_and_go_to_the_written_file(tmp_path):
+    for patient in "ab":
+        study = {"StudyInstanceUID": f"1.2.{ord(patient)}", "FrameOfReferenceUID": "1.3"}
+        for number, (name, count) in enumerate([("t1", 4), ("t2", 6), ("flair", 6)]):
+            voxels = np.random.default_rng(number).integers(0, 99, (5, 4, count))
+            folder = tmp_path / "pacs" / patient / name
+            tags = {"SeriesDescription": name, "SeriesNumber": number, "Modality": "MR"} | study
+            write_series(folder, voxels + ord(patient), patient=patient, **tags)
+    (tmp_path / "pacs" / "labels.csv").write_text("patient,label\na,0\nb,1\n")
+    rules = "description=t2; description=t1"
+    # The first slices of t2 lie beyond t1.
+    code, lines = check(tmp_path / "pacs", "--series", rules)
+    assert code == 1
+    assert "voxels of the grid lie outside of it" in words(lines)
+    out = tmp_path / "found.json"
+    code, lines = check(tmp_path / "pacs", "--series", "description=t2", "--out", str(out))
+    assert (code, lines[-1]) == (0, "no problems")
+    assert "left out: 4 series that the rules do not take" in words(lines)
+    entries = [entry for entry in json.loads(out.read_text()) if entry["image"]]
+    assert [entry["shape"] for entry in entries] == [[1, 5, 4, 6]] * 2
+    (tmp_path / "pacs" / "series.csv").write_text("description\nt1\n")
+    code, lines = check(tmp_path / "pacs", "--series", "description=t2")
+    assert "series.csv of the folder is used, and the rules that were given are not" in lines
+    assert "1x5x4x4" in words(lines)
+
+
+def test_rules_are_for_dicom_files(folder):
+    code, lines = check(folder, "--series", "modality=CT")
+    assert (code, "series chooses among DICOM files, and" in words(lines)) == (2, True)
+    assert "is read by its datalist.csv, which lists what is taken" in words(lines)
+
+
+@pytest.fixture
+def xrays(tmp_path):
+    lines = ["image,edema,effusion,patient"]
+    pixels = np.random.default_rng(0).integers(0, 99, (3, 8, 9)).astype(np.uint8)
+    for number, cells in enumerate(("1,0", "0,", "1,1")):
+        Image.fromarray(pixels[number]).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{cells},p{number}")
+    (tmp_path / "datalist.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_findings_are_columns(xrays):
+    code, lines = check(xrays)
+    assert (code, "if findings are columns, name them: fedmed data" in words(lines)) == (2, True)
+    code, lines = check(xrays, "--findings", "edema, Effusion")
+    assert (code, lines[-1]) == (0, "no problems")
+    assert "edema: there in 2 images, not in 1, not read in 0" in lines
+    assert "Effusion: there in 1 images, not in 1, not read in 1" in lines
+    with (xrays / "datalist.csv").open("a") as file:
+        file.write("\n0.png,2,0,p9\n")
+    (xrays / "3.png").write_bytes((xrays / "2.png").read_bytes())
+    with (xrays / "datalist.csv").open("a") as file:
+        file.write("3.png,2,0,p2\n")
+    code, lines = check(xrays, "--findings", "edema,effusion")
+    assert code == 1
+    assert "label of edema is 2: it must be 1, 0 or None" in words(lines)
+
+
+def test_bags_are_folders_of_patches(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, sides in (("a", (8, 8)), ("b", (8, 8)), ("c", (8, 7))):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            size = sides if number == 2 else (8, 8)
+            pixels = rng.integers(0, 99, size).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    lines = ["image,label,patient", "a,0,p1", "b,1,p2", "c,1,p3"]
+    (tmp_path / "datalist.csv").write_text("\n".join(lines))
+    assert check(tmp_path)[0] == 1
+    code, lines = check(tmp_path, "--bags", "--classes", "2")
+    assert (code, lines[-1]) == (1, "1 problem")
+    assert "the patches of its bag differ in shape" in words(lines)
+    assert "rows of each class: 0 (1), 1 (2)" in lines
+    code, lines = check(tmp_path, "--bags", "--classes", "1")
+    assert "labels must be integers from 0 to 0" in words(lines)
+
+
+def test_structures_in_dicom_files_by_name(tmp_path):
+    frame = "1.2.3.4"
+    study = {"StudyInstanceUID": "1.2.5", "FrameOfReferenceUID": frame, "Modality": "CT"}
+    voxels = np.random.default_rng(0).integers(0, 99, (5, 4, 3))
+    files = write_series(tmp_path / "s", voxels, series_uid="1.2.6", **study)
+    outer = np.zeros((4, 5))
+    outer[1:3, 1:4] = 1
+    inner = np.zeros((4, 5))
+    inner[1, 2] = 1
+    reference = Dataset()
+    reference.SeriesInstanceUID = "1.2.6"
+    write_seg(
+        tmp_path / "m.dcm",
+        [{"SegmentLabel": "liver"}, {"SegmentLabel": "lesion"}],
+        [(1, (0, 0, 1), outer), (2, (0, 0, 1), inner)],
+        frame_of_reference=frame,
+        ReferencedSeriesSequence=[reference],
+        StudyInstanceUID="1.2.5",
+    )
+    assert len(files) == 3
+    code, lines = check(tmp_path)
+    assert (code, "holds structures by name: name the classes" in words(lines)) == (1, True)
+    code, lines = check(tmp_path, "--names", "liver,lesion")
+    assert code == 1
+    assert "liver and lesion both claim 1 voxel" in words(lines)
+    code, lines = check(tmp_path, "--names", "lesion")
+    assert (code, lines[-1]) == (0, "no problems")
+    code, lines = check(tmp_path, "--regions", "liver=1,2; lesion=2")
+    assert (code, lines[-1]) == (0, "no problems")
+    assert "images that hold each class: 0 (1), 1 (1), 2 (1)" in lines
+    code, lines = check(tmp_path, "--regions", "liver=1; lesion=2")
+    assert code == 1
+    assert "1 voxel lies in liver, lesion, as no value of the regions does" in words(lines)
+
+
+def test_names_and_regions_must_be_those_of_dataset_json(folder):
+    (folder / "datalist.csv").unlink()
+    entries = [{"image": f"x{n}.nii.gz", "label": f"m{n}.nii.gz", "patient": n} for n in range(3)]
+    content = {"training": entries, "labels": {"0": "background", "1": "liver"}}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    assert check(folder, "--names", "Liver")[0] == 0
+    code, lines = check(folder, "--names", "spleen")
+    assert code == 2
+    assert "dataset.json names the classes liver, and not spleen" in words(lines)
+    code, lines = check(folder, "--regions", "liver=1")
+    assert "dataset.json names the classes liver, and not the regions: liver of 1" in words(lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--findings", "a,b", "--bags"), "--bags does not go with --findings a,b: they say what"),
+        (("--bags", "--empty-masks"), "--empty-masks does not go with --bags: they say what"),
+        (
+            ("--regions", "a=1", "--classes", "2"),
+            "--classes 2 does not go with --regions a=1: they say what labels are in two ways",
+        ),
+        (("--findings", "a,,b"), "--findings must be different names with commas between them"),
+        (("--names", "a,A"), "--names must be different names with commas between them, got"),
+        (("--regions", "a=1; a=2"), "--regions must be different regions, each with values of"),
+        (("--regions", "a"), "--regions must be different regions, each with values of masks"),
+        (("--regions", "a=0"), "region 'a' must hold values from 1 to 16777215, since 0 is the"),
+        (("--app", "x", "--bags"), "--bags does not go with --app: the app says it"),
+        (("--app", "x", "--series", "a=b"), "--series a=b does not go with --app: the app says it"),
+    ],
+)
+def test_options_that_contradict_each_other(folder, options, text):
+    code, lines = check(folder, *options)
+    assert (code, text in words(lines)) == (2, True), lines

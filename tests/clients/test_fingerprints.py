@@ -1,6 +1,7 @@
 import enum
 import functools
 import itertools
+import logging
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from monai.transforms import (
+    Compose,
     Lambdad,
     NormalizeIntensityd,
     Orientationd,
@@ -15,14 +17,17 @@ from monai.transforms import (
     Spacingd,
     Transform,
 )
+from numpy import stack
+from torch.nn.functional import pad
 
 from fedmed_flower import SegmentationClient
 from fedmed_flower.clients import fingerprints
-from fedmed_flower.clients.fingerprints import Unreadable, classes_in, code_digest, digest
+from fedmed_flower.clients.fingerprints import Unreadable, code_digest, code_in, digest
 from fedmed_flower.clients.segmentation import LoadPair
 from fedmed_flower.images.series import Series
 
 LIMIT = 3.0
+log = logging.getLogger("an app")
 
 
 class Colour(enum.Enum):
@@ -173,6 +178,75 @@ def test_a_package_may_have_so_many_files_and_no_more(tmp_path, monkeypatch):
         fingerprints._source_digest(str(tmp_path))
 
 
-def test_classes_of_transforms_within_transforms_are_found():
-    found = set(classes_in([Spacingd("image", (1, 1, 1)), Clip(1)]))
-    assert {"Spacingd", "Spacing", "SpatialResample", "Clip"} <= {kind.__name__ for kind in found}
+def test_classes_and_functions_of_transforms_within_transforms_are_found():
+    steps = [Spacingd("image", (1, 1, 1)), Compose([Clip(1), Lambdad("image", doubled)])]
+    found = set(code_in(steps))
+    assert {"Spacingd", "Spacing", "SpatialResample", "Clip", "Lambdad"} <= {
+        part.__name__ for part in found
+    }
+    assert doubled in found
+
+
+def doubled(image):
+    return image * FACTOR
+
+
+def raised(image):
+    """A function of the app that calls another."""
+    log.debug("raised")
+    return pad(stack([doubled(image) + 1]), (1, 1))
+
+
+FACTOR = 2.0
+NETWORK = torch.nn.Linear(1, 1)
+
+
+def by_network(image):
+    return NETWORK(image)
+
+
+def test_a_function_at_the_top_of_a_module_has_a_digest_of_what_it_takes_from_there(monkeypatch):
+    functions = [doubled, raised]
+    before = [digest(Lambdad("image", function)) for function in functions]
+    assert before == [digest(Lambdad("image", function)) for function in functions]
+    assert before[0] != before[1]
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    for one, function in zip(before, functions, strict=True):
+        assert digest(Lambdad("image", function)) != one
+    monkeypatch.setattr(doubled, "__defaults__", (np.ones(2),))
+    assert len({*before, digest(Lambdad("image", doubled))}) == 3
+    with pytest.raises(Unreadable, match=r"torch\.nn\.modules\.linear\.Linear, which is no plain"):
+        digest(by_network)
+
+
+def test_a_function_without_a_name_is_told_how_to_get_one():
+    text = (
+        r"the function \S*test_fingerprints\.<lambda> \(define it by its name at the top of a "
+        r"module, and not as a lambda or within another function\)"
+    )
+    with pytest.raises(Unreadable, match=text):
+        digest(Lambdad("image", MADE))
+    with pytest.raises(Unreadable, match=r"the function \S*test_fingerprints\.wrapped"):
+        digest(wrapped)
+
+
+MADE = lambda image: image  # noqa: E731
+
+
+@functools.wraps(doubled)
+def wrapped(image):
+    return image
+
+
+wrapped.__qualname__ = "wrapped.inner"
+
+
+def test_the_source_of_a_function_is_part_of_the_code(tmp_path, monkeypatch):
+    (tmp_path / "own_steps.py").write_text("def same(image):\n    return image\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from own_steps import same
+
+    first = code_digest(code_in([Lambdad("image", same)]))
+    (tmp_path / "own_steps.py").write_text("def same(image):\n    return 2 * image\n")
+    fingerprints._source_digest.cache_clear()
+    assert code_digest(code_in([Lambdad("image", same)])) != first

@@ -175,9 +175,31 @@ def test_rows_after_a_function_of_the_app_are_not_kept(volumes, caplog):
     for _ in range(2):
         assert volumes.asked(client=Doubled) == expected
     (line,) = {text for text in caplog.messages if "not kept" in text}
-    assert line.startswith("north: images are not kept on the disk because of builtins.function")
+    assert line.startswith(
+        "north: images are not kept on the disk because of step 3 of the transforms, Lambdad, and "
+        "the function "
+    )
+    assert line.endswith(
+        ".<lambda> (define it by its name at the top of a module, and not as a lambda or within "
+        "another function): no fingerprint tells what it does. What is found in each image is kept"
+    )
     # What was found in them is kept.
     assert len(volumes.entries()) == PATIENTS - 2
+
+
+def doubled(image):
+    return 2 * image
+
+
+def test_rows_after_a_function_with_a_name_are_kept(volumes):
+    class Doubled(Volumes):
+        def intensity(self):
+            return [Lambdad("image", doubled)]
+
+    expected = volumes.asked(cache="off", client=Doubled)
+    volumes.asked(client=Doubled)
+    assert volumes.asked(client=Doubled) == expected
+    assert volumes.read == []
 
 
 def test_a_row_with_a_problem_is_looked_at_in_each_message(volumes, caplog):

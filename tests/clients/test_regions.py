@@ -141,6 +141,20 @@ def test_masks_in_every_form_train_to_the_same_bits(tmp_path):
         assert found == expected, form
 
 
+def test_a_file_of_one_volume_a_region_trains_to_the_same_bits(tmp_path):
+    rows = rows_of(2)
+    expected = trained(client_of(SiteData(rows)), context_of(), start(Tumours))
+    changed = []
+    for number, row in enumerate(rows):
+        volumes = np.moveaxis(channels_of(row["label"])[[1, 2, 0]], 0, -1)
+        file = save(tmp_path / f"{number}.nii.gz", volumes)
+        changed.append(row | {"label": file, "mask_regions": ("TC", "ET", "WT")})
+    assert trained(client_of(SiteData(changed)), context_of(), start(Tumours)) == expected
+    classes = ("edema", "core", "rim", "more")
+    client = client_of(SiteData(changed), regions={}, classes=classes, empty_masks=True)
+    assert "mask_regions of its row names the regions TC, ET, WT" in reason_of(client)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -230,6 +244,25 @@ def test_regions_that_cannot_be(members, text):
 def test_the_names_of_label_values_in_the_data_are_not_those_of_regions():
     data = SiteData(rows_of(1), class_names=("necrosis", "oedema", "unused", "rim"))
     Tumours(context_of()).check(data)
+
+
+def test_regions_that_the_data_name_must_be_the_clients():
+    same = {"et": (4,), "W-T": (4, 2, 1), "TC": (1, 4)}
+    Tumours(context_of()).check(SiteData(rows_of(1), regions=same))
+    other = same | {"TC": (1, 2)}
+    text = (
+        "the data name the regions: et of 4; W-T of 4, 2, 1; TC of 1, 2, this client the regions: "
+        "WT of 1, 2, 4; TC of 1, 4; ET of 4: a region must mean the same at all hospitals, so make "
+        "regions and data agree"
+    )
+    with pytest.raises(InputError, match=says(text)):
+        Tumours(context_of()).check(SiteData(rows_of(1), regions=other))
+    client = client_of(SiteData(rows_of(1), regions=same), regions={}, classes=("a", "b"))
+    assert reason_of(client) == (
+        "the data name regions that may overlap (regions: et of 4; W-T of 4, 2, 1; TC of 1, 4), "
+        "and this client classes of which each voxel has one, a, b: give the client regions in "
+        "place of classes, or name classes in the data"
+    )
 
 
 # --- Loss and outputs -----------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import torch
 from dicom_files import write_image, write_seg, write_series
 from PIL import Image
 
-from fedmed_flower.data.checks import Finding, check_folder, check_row
+from fedmed_flower.data.checks import Finding, check_row
+from fedmed_flower.data.folders import check_folder
 from fedmed_flower.errors import InputError
 
 AFFINE = np.diag([-0.5, -0.75, 2, 1])

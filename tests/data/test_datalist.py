@@ -255,7 +255,8 @@ def test_lines_that_cannot_be_used_are_named(tmp_path):
         (b"", "{} is empty: it needs the columns image, label, patient"),
         (
             b"image,class,patient\n",
-            "{} must have one column 'label', got 0: its columns are image, class, patient",
+            "{} must have one column 'label', got 0: its columns are image, class, patient; "
+            "if findings are columns, name them: fedmed data check --findings NAMES",
         ),
         (
             b"patient,age,stroke\n",

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from tiny import says
 
-from fedmed_flower.data.checks import check_folder
-from fedmed_flower.data.datalist import read_folder
+from fedmed_flower.data.datalist import load_folder, read_folder
+from fedmed_flower.data.folders import check_folder
 from fedmed_flower.errors import InputError
 
 CHANNELS = {"0": "T1", "1": "T2"}
@@ -113,15 +113,87 @@ def test_the_channels_of_a_colour_picture_are_one_file(tmp_path):
     assert (finding.shape, finding.label, finding.problem) == ((3, 4, 5), (0, 1), None)
 
 
-def test_regions_are_told_as_not_read(folder):
-    labels = {"background": 0, "whole": [1, 2], "core": 2}
-    describe(folder, labels=labels, regions_class_order=[1, 2])
+BRATS = {"background": 0, "whole tumour": [1, 2], "core": 2}
+
+
+def test_regions_are_read_with_their_values(folder):
+    describe(folder, labels=BRATS, regions_class_order=[1, 2])
     listing = read_folder(folder)
-    assert (len(listing.rows), listing.class_names) == (3, ())
-    assert listing.problems == (
-        'dataset.json: "labels" has regions of several classes (whole), which are not read: the '
-        "rows have the masks' own classes, without names",
-    )
+    assert (len(listing.rows), listing.class_names, listing.problems) == (3, (), ())
+    assert listing.regions == {"whole tumour": (1, 2), "core": (2,)}
+    assert load_folder(folder, 0).regions == listing.regions
+    findings = check_folder(folder)
+    assert [(one.label, one.problem) for one in findings] == [((0, 1, 2), None)] * 3
+    # nnU-Net takes them without the background, too.
+    describe(folder, labels={"core": [2], "whole tumour": [1, 2]})
+    assert [*read_folder(folder).regions] == ["core", "whole tumour"]
+
+
+def test_a_value_of_no_region_is_rejected_and_ignored_ones_are_named(folder):
+    save(folder / "labelsTr/liver_002.nii.gz", np.full((4, 3, 2), 3, np.uint8))
+    describe(folder, labels=BRATS | {"ignore": 3}, regions_class_order=[1, 2])
+    findings = check_folder(folder)
+    assert [one.problem for one in findings if one.problem] == [
+        f"its mask {folder}/labelsTr/liver_002.nii.gz: it holds the values 3, which are not "
+        "classes: a mask holds 0, 1, 2 (regions: whole tumour of 1, 2; core of 2)",
+        'dataset.json: "labels" has values to "ignore", which cannot be left out of training and '
+        "figures: masks that hold them are rejected",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "text"),
+    [
+        (
+            {"whole": [1, "2"]},
+            [1],
+            'region "whole" of "labels" must hold whole numbers from 1 on, each once, got '
+            "[1, '2']",
+        ),
+        (
+            {"whole": []},
+            [1],
+            'region "whole" of "labels" must hold whole numbers from 1 on, each once, got []',
+        ),
+        (
+            {"whole": [0, 1]},
+            [1],
+            'region "whole" of "labels" must hold whole numbers from 1 on, each once, got [0, 1]',
+        ),
+        (
+            {"whole": [1, 2], "core": True},
+            [1, 2],
+            'region "core" of "labels" must hold whole numbers from 1 on, each once, got True',
+        ),
+        (
+            {"background": [1], "whole": [1, 2]},
+            [1],
+            '"background" must be 0, got [1]',
+        ),
+        (
+            {"whole": [1, 2], "Whole ": 2},
+            [1, 2],
+            'regions of "labels" must differ by more than case, blanks, "_" and "-", got whole, '
+            "Whole ",
+        ),
+        (
+            {"whole": [1, 2], "core": 2},
+            [2, 1],
+            '"regions_class_order" must name a value of each region in their order, whole of 1, '
+            "2; core of 2, got [2, 1]",
+        ),
+        (
+            {"whole": [1, 2], "core": 2},
+            [1],
+            '"regions_class_order" must name a value of each region in their order, whole of 1, '
+            "2; core of 2, got [1]",
+        ),
+    ],
+)
+def test_regions_that_nnunet_would_not_take(folder, labels, order, text):
+    describe(folder, labels=labels, regions_class_order=order)
+    with pytest.raises(InputError, match=says(f"{folder}/dataset.json: {text}")):
+        read_folder(folder)
 
 
 def test_a_class_that_nnunet_ignores_is_told_as_not_ignored(folder):

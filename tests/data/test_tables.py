@@ -4,8 +4,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from fedmed_flower.data.checks import check_folder
 from fedmed_flower.data.datalist import read_folder
+from fedmed_flower.data.folders import check_folder
 
 TIMES = np.arange(2 * 3 * 4 * 4, dtype=np.int16).reshape(2, 3, 4, 4)
 

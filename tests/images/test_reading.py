@@ -441,7 +441,12 @@ def test_several_files_are_channels(tmp_path):
 def test_channels_of_different_shape_or_place(tmp_path):
     first = save_nifti(tmp_path / "a.nii", voxels())
     other = save_nifti(tmp_path / "b.nii", voxels((5, 4, 7)))
+    nowhere = (
+        "; and it cannot be brought to that grid: {} has its origin at 0, 0, 0, which states no "
+        "position. Save it on the grid of the first channel"
+    )
     text = f"{other} does not fit {first}: its shape is (5, 4, 7), the image's (5, 4, 6)"
+    text += nowhere.format(other)
     with pytest.raises(InputError, match=says(text)):
         read_image([first, other], 3)
     moved = save_nifti(tmp_path / "c.nii", voxels(), np.diag([-1, 1, 1, 1]))
@@ -449,6 +454,7 @@ def test_channels_of_different_shape_or_place(tmp_path):
         f"{moved} does not fit {first}: it lies up to 8 mm away from the image: spacing 1x1x1, "
         "orientation LAS, origin 0x0x0; the image: spacing 1x1x1, orientation RAS, origin 0x0x0"
     )
+    text += nowhere.format(moved)
     with pytest.raises(InputError, match=says(text)):
         read_image([str(first), str(moved)], 3)
 

@@ -4,10 +4,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import context_of
 
-from fedmed_flower import InputError
-from fedmed_flower.images import reading
-from fedmed_flower.images.reading import classes_in, read_image, read_label, reading_once
+from fedmed_flower import InputError, SegmentationClient
+from fedmed_flower.images import reading, regions
+from fedmed_flower.images.reading import (
+    as_classes,
+    classes_in,
+    read_image,
+    read_label,
+    reading_once,
+)
 
 
 @pytest.fixture
@@ -62,6 +69,39 @@ def test_an_error_is_raised_each_time(tmp_path, read):
     assert len(read) == 2
 
 
+class Organs(SegmentationClient):
+    classes = ("liver", "spleen")
+    spatial_dims = 3
+    empty_masks = True
+
+    def load_data(self, site):
+        raise NotImplementedError
+
+
+class Nested(Organs):
+    regions = {"organ": (1, 2), "lesion": (2,)}  # noqa: RUF012
+    classes = ("organ", "lesion")
+
+
+@pytest.mark.parametrize("kind", [Organs, Nested])
+def test_a_mask_is_looked_at_once_where_a_row_is_checked_and_loaded(files, read, monkeypatch, kind):
+    looked = []
+
+    def noted(*args):
+        looked.append(args)
+        return as_classes(*args)
+
+    monkeypatch.setattr(reading, "as_classes", noted)
+    monkeypatch.setattr(regions, "as_classes", noted)
+    client = kind(context_of())
+    row = {"image": files["image"], "label": files["mask"], "patient": "a"}
+    with reading_once():
+        assert client._checked(row).problem is None
+        client._load(train=True)(row)
+    assert read == [files["image"], files["mask"]]
+    assert len(looked) == 1
+
+
 def test_equal_arrays_are_not_taken_for_one_another(read):
     with reading_once():
         first = read_image(np.zeros((2, 2)), 2)
@@ -92,6 +132,6 @@ def test_values_that_fit_no_byte_become_classes_too(odd):
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float64])
 def test_values_are_copied_as_numpy_copies_them(order, dtype):
     array = np.random.default_rng(0).normal(100, 50, (2, 5, 4, 37)).astype(dtype, order=order)
-    found = reading._as_float32(array)
+    found = reading._copied(array, np.float32)
     np.testing.assert_array_equal(found, np.array(array, np.float32, order="C"), strict=True)
     assert found.flags.c_contiguous

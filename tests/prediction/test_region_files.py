@@ -1,20 +1,29 @@
 """Regions that overlap, predicted for files and in other forms: a mask for each region."""
 
 import json
+from pathlib import Path
 
+import highdicom
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import torch
+from dicom_files import STUDY, write_series
 from predicting import GRID, Regions, Volumes, lines_of, predict, run_of, write_volumes
 from tiny import context_of
+from torch import nn
 from typer.testing import CliRunner
 
-from fedmed_flower import InputError, SiteData
+from fedmed_flower import InputError, SegmentationClient, SiteData
 from fedmed_flower.cli.main import app
 from fedmed_flower.data.site import simulation
+from fedmed_flower.images.reading import read_image
+from fedmed_flower.images.regions import label_map, nested, read_regions
 from fedmed_flower.prediction import Predictor
 from fedmed_flower.prediction.description import Description
+from fedmed_flower.prediction.files import predict_files
+from fedmed_flower.prediction.segmentations import SegmentationWriter
 
 FILES = {"body": "body", "Front part": "Front-part", "back": "back"}
 
@@ -59,11 +68,108 @@ def test_each_region_has_a_mask_on_the_grid_of_the_file(run, tmp_path):
         assert mask.get_data_dtype() == np.uint8
 
 
-def test_regions_that_may_overlap_are_not_written_as_seg(run, tmp_path):
-    image = Volumes.folder / "2-0.nii.gz"
-    text = predict(run, image, "--out", tmp_path / "o", "--seg", code=2)
-    assert "this model outlines regions that may overlap: leave it out" in " ".join(text.split())
-    assert not (tmp_path / "o").exists()
+class Thresholds(nn.Module):
+    """Gives x - 0.705, x - 0.205 and x - 0.505 for a value x."""
+
+    def forward(self, images):
+        thresholds = torch.tensor([0.705, 0.205, 0.505]).view(1, -1, *[1] * (images.ndim - 2))
+        return images - thresholds
+
+
+class Tumours(SegmentationClient):
+    """Regions of which each holds the next, by brightness."""
+
+    regions = {"ET": (400,), "WT": (1, 2, 400), "TC": (1, 400)}  # noqa: RUF012
+    spatial_dims = 3
+    modality = "ct"
+    ct_window = (0.0, 100.0)
+
+    def load_data(self, site):
+        raise NotImplementedError
+
+
+def write_scan(folder):
+    voxels = np.random.default_rng(1).integers(0, 101, (7, 6, 5))
+    write_series(folder, voxels, (0.7, 0.8, 3.0), origin=(-9, 4, 5), seed=1, **STUDY)
+    return folder, np.stack([voxels > 70, voxels > 20, voxels > 50])
+
+
+def test_nested_regions_are_a_label_map_and_a_seg_of_one_segment_each(tmp_path):
+    scan, wanted = write_scan(tmp_path / "scan")
+    client = Tumours(context_of(orientation=""))
+    table, problems = predict_files(client, Thresholds(), [scan, scan], tmp_path / "o", seg=True)
+    assert problems == 0
+    lines = lines_of(table)
+    columns = ["mask ET", "mask WT", "mask TC", "label map", "segmentation"]
+    assert list(lines[0]) == ["file", *columns, "problem"]
+    names = ("scan-mask-ET.nii.gz", "scan-mask-WT.nii.gz", "scan-mask-TC.nii.gz")
+    names += ("scan-mask.nii.gz", "scan-mask.dcm")
+    assert [Path(lines[0][column]).name for column in columns] == [*names]
+    assert Path(lines[1]["label map"]).name == "scan-mask-2.nii.gz"
+    image = read_image(scan, 3)
+    found = nibabel.load(lines[0]["label map"])
+    assert found.affine == pytest.approx(image.affine.numpy())
+    assert found.get_data_dtype() == np.int16
+    values = np.where(wanted[0], 400, np.where(wanted[2], 1, np.where(wanted[1], 2, 0)))
+    assert np.array_equal(found.get_fdata(), values)
+    # A client reads the three forms as the same regions.
+    parts = [lines[0][column] for column in columns[:3]]
+    for source in (lines[0]["label map"], lines[0]["segmentation"], parts):
+        read = read_regions(source, 3, Tumours.regions, image)
+        assert np.array_equal(read.numpy(), wanted), source
+    theirs = highdicom.seg.segread(lines[0]["segmentation"])
+    uids = [pydicom.dcmread(file).SOPInstanceUID for file in sorted(scan.iterdir())]
+    uids.sort(key=lambda uid: _place_of(scan, uid))
+    volume = theirs.get_pixels_by_source_instance(uids, assert_missing_frames_are_empty=True)
+    assert np.array_equal(volume.transpose(3, 2, 1, 0), wanted)
+    assert theirs.SegmentsOverlap == "YES"
+
+
+def _place_of(folder, uid):
+    headers = map(pydicom.dcmread, folder.iterdir())
+    return next(one.ImagePositionPatient[2] for one in headers if one.SOPInstanceUID == uid)
+
+
+def test_regions_of_one_slice_and_of_none(tmp_path):
+    files = write_series(tmp_path / "s", np.zeros((7, 6, 1)), patient="p", **STUDY)
+    image = read_image(files[0], 2)
+    found = np.random.default_rng(2).integers(0, 2, (2, 6, 7)).astype(np.uint8)
+    writer = SegmentationWriter(("a", "b"), "Hospital", nn.Linear(2, 1))
+    regions = {"a": (1, 3), "b": (2, 3)}
+    for masks in (found, 0 * found):
+        (tmp_path / "m.dcm").write_bytes(writer.content(masks, image, files[0]))
+        read = read_regions(tmp_path / "m.dcm", 2, regions, image)
+        assert np.array_equal(read.numpy(), masks)
+
+
+@pytest.mark.parametrize(
+    ("regions", "order"),
+    [
+        ({"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}, ((0, 2), (1, 1), (2, 4))),
+        ({"tumour": (2,), "organ": (1, 2)}, ((1, 1), (0, 2))),
+        ({"liver": (7,)}, ((0, 7),)),
+        # Which of two values the ring has cannot be said.
+        ({"WT": (1, 2, 4), "ET": (4,)}, ()),
+        ({"organ": (1, 2)}, ()),
+        # Beside each other, and one and the same.
+        ({"body": (1, 2), "front": (1,), "back": (2,)}, ()),
+        ({"a": (1, 2), "b": (2, 3)}, ()),
+        ({"a": (1, 2), "b": (1, 2)}, ()),
+        ({}, ()),
+    ],
+)
+def test_which_regions_one_mask_of_values_can_show(regions, order):
+    assert nested(regions) == order
+
+
+def test_the_innermost_region_counts_as_in_nnunets_label_maps():
+    """Its export: ``for i, c in enumerate(regions_class_order): segmentation[found[i]] = c``."""
+    regions = {"WT": (1, 2, 3), "TC": (2, 3), "ET": (3,)}
+    found = np.random.default_rng(0).integers(0, 2, (3, 9, 8)).astype(np.uint8)
+    wanted = np.zeros((9, 8), np.uint8)
+    for region, value in zip(found, (1, 2, 3), strict=True):
+        wanted[region == 1] = value
+    assert np.array_equal(label_map(found, nested(regions)), wanted)
 
 
 def test_the_predictor_keeps_the_regions_in_their_order(run):
