@@ -24,7 +24,7 @@ from tables import (
 from tiny import ask, bits, context_of, node_of, nodes_of, says, says_of_setting, see
 
 from fedmed_flower import InputError, SiteData
-from fedmed_flower.clients.targets import InUnit, Unit, require_rows, with_target
+from fedmed_flower.clients.targets import Unit, require_rows, with_target
 from fedmed_flower.data.preparation import Preparation
 from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.schema import table_of
@@ -32,6 +32,7 @@ from fedmed_flower.data.site import Site
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.metrics import classification, outcomes
 from fedmed_flower.metrics.outcomes import outcome_metrics
+from fedmed_flower.models.tabular import InUnit
 from fedmed_flower.privacy import optimizer
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.runs.verdict import RunFailedError
@@ -514,7 +515,7 @@ def test_the_unit_of_a_number_is_what_hospitals_agree_upon_or_its_range(tmp_path
 
 
 def test_the_unit_is_put_on_in_32_bits_at_least():
-    last = InUnit(Unit(100_000, 2.0))
+    last = InUnit(100_000, 2.0)
     for kind, wanted in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         found = last(torch.tensor([[0.5]], dtype=kind))
         assert (found.dtype, found.item()) == (wanted, 100_001)
