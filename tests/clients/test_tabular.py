@@ -1,7 +1,5 @@
 import math
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -917,16 +915,6 @@ def test_the_network_is_that_of_the_run_config():
         assert linear[0].in_features == 6
         assert linear[-1].out_features == 1
     assert predicting("multi-class")(context_of(**DECLARED)).build_model().out_features == 3
-
-
-def test_a_process_that_answers_one_message_imports_only_what_it_needs():
-    """On a deployment each message has a process of its own: each of these is a second of it."""
-    code = (
-        "import fedmed_flower.cli.main, fedmed_flower.clients.tabular, sys; "
-        "print({'monai', 'opacus', 'dp_accounting', 'lifelines'} & {*sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stderr
 
 
 def test_a_hospital_whose_column_stands_out_is_named_before_the_first_round(tmp_path, caplog):

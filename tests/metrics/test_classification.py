@@ -73,9 +73,7 @@ def test_rates_of_a_confusion_matrix_equal_scikit_learn(classes, whole, seed):
     if not whole:
         confusion = confusion * rng.uniform(0, 1, confusion.shape)
     truth, guess = (index.ravel() for index in np.indices(confusion.shape))
-    per_class = reference.multilabel_confusion_matrix(
-        truth, guess, sample_weight=confusion.ravel()
-    )
+    per_class = reference.multilabel_confusion_matrix(truth, guess, sample_weight=confusion.ravel())
     got = rates_of(confusion)
     assert got["accuracy"] == pytest.approx(
         reference.accuracy_score(truth, guess, sample_weight=confusion.ravel())
