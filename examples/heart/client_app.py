@@ -2,8 +2,8 @@
 
 from fedmed_flower import InputError, Site, SiteData, TabularClient
 from fedmed_flower.data.cohorts import heart_disease
-from fedmed_flower.data.datalist import split_patients
 from fedmed_flower.data.schema import Schema, read_table, table_of
+from fedmed_flower.data.splits import split_patients
 
 
 class HeartHospital(TabularClient):

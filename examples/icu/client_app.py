@@ -6,8 +6,8 @@ import numpy as np
 
 from fedmed_flower import InputError, Site, SiteData, TabularClient
 from fedmed_flower.data.cohorts import ICU_FLAGS, ICU_RANGES, ICU_SOURCE, intensive_care
-from fedmed_flower.data.datalist import split_patients
 from fedmed_flower.data.schema import Schema, table_of
+from fedmed_flower.data.splits import split_patients
 from fedmed_flower.settings import Section, Within, setting
 
 

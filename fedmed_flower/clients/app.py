@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from importlib import import_module
 from traceback import extract_tb
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import (
     ArrayRecord,
@@ -27,18 +27,13 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import ErrorCode
-from torch import nn
 
 from fedmed_flower.clients.base import MedicalClient, Query
-from fedmed_flower.clients.compression import compressed
-from fedmed_flower.clients.methods import MethodRound, records_of
-from fedmed_flower.clients.private import measure_protected
 from fedmed_flower.clients.secure import SecureReply, asks_for_sum, refuse_in_plain
 from fedmed_flower.clients.storage import keep_model, keep_splits, rows_of
 from fedmed_flower.data.site import SPLITS, Row, Site
 from fedmed_flower.errors import FAILED, DeclinedError, InputError
 from fedmed_flower.metrics.plain import plain_metrics
-from fedmed_flower.models.adapters import merge_adapters
 from fedmed_flower.models.device import derive_seed
 from fedmed_flower.settings.node import NodeSettings
 from fedmed_flower.settings.registry import Sections, require_known, sections_of
@@ -58,6 +53,9 @@ from fedmed_flower.wire import (
     WHY,
     error_reason,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -218,6 +216,9 @@ def train(client: MedicalClient, message: Message) -> RecordDict:
 
     If the message asks for it, the model is also validated as it came.
     """
+    from fedmed_flower.clients.compression import compressed
+    from fedmed_flower.clients.methods import MethodRound, records_of
+
     config = client.read(message)
     if config.get(VALIDATE) and asks_for_sum(message):
         raise InputError("figures of validation are no part of a secure sum of training")
@@ -309,6 +310,8 @@ def _changes(client: MedicalClient, config: ConfigRecord) -> str:
 
 def evaluate(client: MedicalClient, message: Message) -> RecordDict:
     """Measure the model that came with a message on one split of the site's rows."""
+    from fedmed_flower.clients.private import measure_protected
+
     config = client.read(message)
     split = str(config.get(SPLIT, "val"))
     if split not in SPLITS:
@@ -343,6 +346,9 @@ def _evaluated(client: MedicalClient, arrays: ArrayRecord, config: ConfigRecord)
 
     It is measured as it will be used, with adapters merged.
     """
+    from fedmed_flower.clients.methods import MethodRound
+    from fedmed_flower.models.adapters import merge_adapters
+
     model, travelling = client.model_of(arrays, config)
     if not config.get(OWN):
         return merge_adapters(model)

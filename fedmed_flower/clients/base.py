@@ -12,19 +12,15 @@ from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
-from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from fedmed_flower.clients.book import Book, book_path, open_book
 from fedmed_flower.clients.pooled import together
 from fedmed_flower.clients.run_cache import Key, RunCache
-from fedmed_flower.clients.training import Steps, train_epochs
 from fedmed_flower.data.outlying import Outlying
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.schema import Schema, empty_columns
@@ -48,7 +44,6 @@ from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.methods.base import PLAIN, Method
 from fedmed_flower.metrics.coarse import coarsened
 from fedmed_flower.metrics.plain import plain_metrics
-from fedmed_flower.models.adapters import add_adapters
 from fedmed_flower.models.device import (
     arranged,
     half_precision,
@@ -56,14 +51,8 @@ from fedmed_flower.models.device import (
     torch_device,
     torch_environment,
 )
-from fedmed_flower.models.trainable import Travelling
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.privacy.patient import budget_of, ledger_path
-from fedmed_flower.privacy.validate import (
-    require_forgetful,
-    require_private_loss,
-    require_private_model,
-)
 from fedmed_flower.settings.disclosure import DisclosureSettings
 from fedmed_flower.settings.methods import MethodSettings
 from fedmed_flower.settings.model import ModelSettings
@@ -74,6 +63,11 @@ from fedmed_flower.settings.secure import SecureSettings
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.wire import AGREED, FROZEN, POOL_SITES, RUN_KEY
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fedmed_flower.models.trainable import Travelling
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -322,24 +316,17 @@ class MedicalClient(ABC):
 
         The default uses `batch_of`, and `loss_of`, which must return the mean over a batch.
         """
+        from fedmed_flower.clients.training import Steps, random_batches, train_epochs
+
         settings = self.settings
         self.method_called = True
-        size = settings.batch_size
-        count = len(prepared)
         self.seed_transforms(prepared, seed)
 
-        generator = torch.Generator().manual_seed(seed)
-        # A last batch of one row has no variance, which batch normalisation needs.
-        drop_last = count > size and count % size == 1
-        order = RandomSampler(range(count), generator=generator)
-        # The loader is given whole batches: to fetch row by row takes longer than to train.
-        batches: Any = DataLoader(
-            _Entering(self, prepared),
-            batch_size=None,
-            sampler=BatchSampler(order, size, drop_last),
-            collate_fn=_unchanged,
-            generator=generator,
-        )
+        def batch_of(indices: list[int]) -> dict[str, Tensor]:
+            self.entered.update(indices)
+            return self.batch_of(prepared, indices)
+
+        batches: Any = random_batches(batch_of, len(prepared), settings.batch_size, seed)
         epochs = 1 if settings.local_steps else settings.local_epochs
         fewest = self.fewest_steps if settings.fewest_steps < 0 else settings.fewest_steps
         steps = settings.local_steps or (fewest if len(batches) * epochs < fewest else 0)
@@ -440,6 +427,12 @@ class MedicalClient(ABC):
 
         `probe` is a batch of made-up rows. A subclass also checks what else it does with a batch.
         """
+        from fedmed_flower.privacy.validate import (
+            require_forgetful,
+            require_private_loss,
+            require_private_model,
+        )
+
         require_private_model(model, self.loss_of, probe)
         require_private_loss(model, self.loss_of, probe)
         require_forgetful(model, self.loss_of, probe)
@@ -746,6 +739,9 @@ class MedicalClient(ABC):
 
     def fresh_model(self) -> tuple[nn.Module, Travelling]:
         """Return the network on the device with fresh weights, and which part of it travels."""
+        from fedmed_flower.models.adapters import add_adapters
+        from fedmed_flower.models.trainable import Travelling
+
         # The run's seed makes the frozen part the same here as at the server. `seeded` also keeps
         # the generator of `fit` where it was.
         with self.seeded(self.settings.seed):
@@ -926,22 +922,6 @@ class MedicalClient(ABC):
     def key(self, *parts: Hashable) -> Key:
         """Return a key for `cache`: this class, this site, and the parts."""
         return (type(self).__qualname__, self.site, *parts)
-
-
-class _Entering(Dataset[dict[str, Tensor]]):
-    """The batches of a round; their rows are written down in `MedicalClient.entered`."""
-
-    def __init__(self, client: MedicalClient, prepared: Any) -> None:
-        self._client = client
-        self._prepared = prepared
-
-    def __getitem__(self, indices: list[int]) -> dict[str, Tensor]:
-        self._client.entered.update(indices)
-        return self._client.batch_of(self._prepared, indices)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 def _require_named(data: SiteData) -> None:

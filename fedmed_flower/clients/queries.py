@@ -19,8 +19,7 @@ from fedmed_flower.data.site import SPLITS, patient_text
 from fedmed_flower.data.summed import added
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.metrics.plain import plain_metrics
-from fedmed_flower.models.adapters import merge_adapters
-from fedmed_flower.models.device import torch_device
+from fedmed_flower.models.device import require_device
 from fedmed_flower.privacy.patient import budget_of
 from fedmed_flower.settings.text import with_type_of
 from fedmed_flower.wire import (
@@ -67,7 +66,7 @@ def describe(client: MedicalClient, message: Message) -> RecordDict:
         If messages of the server have another version.
     """
     refuse_other_version(client, message)
-    torch_device(client.settings)
+    require_device(client.settings)
     # Before the first round: a folder that is not there would be missed only when it is needed.
     output_folder(client.context, client.site, {})
     if not client.sealed:
@@ -141,6 +140,8 @@ def _draw(
     patients: Collection[str] | None = None,
 ) -> list[Picture]:
     """Return pictures of test rows; if patients are given, only of these."""
+    from fedmed_flower.models.adapters import merge_adapters
+
     data, prepared = client.prepared("test", pooled=False)
     rows = data.test
     if patients is not None:

@@ -35,7 +35,6 @@ from fedmed_flower.errors import DeclinedError, InputError
 from fedmed_flower.files import file_name
 from fedmed_flower.metrics.plain import plain_metrics
 from fedmed_flower.metrics.summing import Grid, is_whole, sums_of_record
-from fedmed_flower.models.adapters import merge_adapters
 from fedmed_flower.privacy.patient import ledger_path
 from fedmed_flower.secure.audit import Chain
 from fedmed_flower.secure.book import BookError, SecureBook, secure_path
@@ -470,6 +469,8 @@ def figures(client: MedicalClient, message: Message) -> RecordDict:
             "figures that are coarse do not add up: set coarse-figures=false in the node config, "
             "since of a secure sum the server sees no single hospital's counts"
         )
+    from fedmed_flower.models.adapters import merge_adapters
+
     arrays = next(iter(message.content.array_records.values()))
     model = merge_adapters(client.model_of(arrays, config)[0])
     try:

@@ -10,12 +10,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from fedmed_flower.arrays import kernels
 from fedmed_flower.arrays.views import view
@@ -31,6 +30,9 @@ from fedmed_flower.secure.ring import Layout, Words
 from fedmed_flower.secure.shares import HospitalNoise, PatientNoise, Shares
 from fedmed_flower.secure.study import Study
 from fedmed_flower.wire import SERVER_ROUND
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # In a ledger, who stands for all of the hospital; no patient's text is a tuple of one.
 WHOLE = ("the hospital as a whole",)

@@ -7,11 +7,9 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context
-from safetensors.torch import save
-from torch import Tensor
 
 from fedmed_flower.data.pictures import Picture
 from fedmed_flower.data.rows import column_of
@@ -20,6 +18,9 @@ from fedmed_flower.errors import InputError
 from fedmed_flower.files import cell_text, file_name, plain_text, write_atomic, write_rows
 from fedmed_flower.settings.text import with_type_of
 from fedmed_flower.wire import LEDGER_DIR, RUN_KEY
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -121,6 +122,8 @@ def keep_model(
         As in `output_folder`.
     state : mapping of str to Tensor
     """
+    from safetensors.torch import save
+
     folder = output_folder(context, site, message)
     if folder is None:
         return

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from flwr.app import Context
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from fedmed_flower.clients.tabular import TableRows, TabularClient
 from fedmed_flower.data.rows import column_of
@@ -26,17 +24,13 @@ from fedmed_flower.metrics.survival import (
     survival_of_cox,
 )
 from fedmed_flower.models.device import torch_device
-from fedmed_flower.models.survival import (
-    cox_loss,
-    discrete_time_loss,
-    interval_edges,
-    risk_from_hazards,
-    survival_from_hazards,
-)
 from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.survival import SurvivalSettings
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.statistics.values import cells_of, numbers_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 log = logging.getLogger("flwr.fedmed")
 # Number of times, between 0 and the horizon, over which the Brier score is integrated.
@@ -73,11 +67,13 @@ class SurvivalClient(TabularClient):
             If ``survival-loss`` is ``cox`` in a private run: Cox's partial likelihood compares
             patients with each other.
         """
+        from fedmed_flower.models.survival import Hazards
+
         network = super().build_model()
         self._require_uncoupled()
         if self.survival.survival_loss == "cox":
             return network
-        return _Hazards(network, self.survival.survival_intervals)
+        return Hazards(network, self.survival.survival_intervals)
 
     def check_private(self, model: nn.Module, probe: Mapping[str, Tensor]) -> None:
         """Raise `InputError` as `TabularClient` does, and for Cox's partial likelihood."""
@@ -120,6 +116,8 @@ class SurvivalClient(TabularClient):
 
     def targets(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return ``time`` and ``event`` of the rows, as numbers."""
+        import torch
+
         columns = {"time": self.schema.target, "event": self.schema.event}
         return {
             name: torch.tensor([float(cell) for cell in column_of(rows, column)])
@@ -128,6 +126,8 @@ class SurvivalClient(TabularClient):
 
     def loss(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean loss over a batch with ``time`` and ``event``."""
+        from fedmed_flower.models.survival import cox_loss, discrete_time_loss
+
         if self.survival.survival_loss == "cox":
             return cox_loss(outputs, batch["time"], batch["event"])
         return discrete_time_loss(outputs, batch["time"], batch["event"], self._edges)
@@ -139,6 +139,10 @@ class SurvivalClient(TabularClient):
 
     @property
     def _edges(self) -> Tensor:
+        import torch
+
+        from fedmed_flower.models.survival import interval_edges
+
         settings = self.survival
         edges = interval_edges(settings.survival_horizon, settings.survival_intervals)
         return torch.as_tensor(edges, dtype=torch.float32, device=torch_device(self.settings))
@@ -176,6 +180,8 @@ class SurvivalClient(TabularClient):
         private run these must not be used without noise, so the censoring is estimated from the
         measured rows.
         """
+        from fedmed_flower.models.survival import survival_from_hazards
+
         settings = self.survival
         if not self.privacy.on:
             try:
@@ -197,6 +203,8 @@ class SurvivalClient(TabularClient):
 
     def _risks(self, outputs: NDArray[np.float32]) -> NDArray[Any]:
         """Return one number for each row, higher for an earlier event."""
+        from fedmed_flower.models.survival import risk_from_hazards
+
         if self.survival.survival_loss == "cox":
             return outputs[:, 0]
         risks: NDArray[Any] = np.asarray(risk_from_hazards(outputs))
@@ -216,6 +224,8 @@ class SurvivalClient(TabularClient):
 
         Patients who are censored before the horizon are not counted.
         """
+        from fedmed_flower.models.survival import survival_from_hazards
+
         indices, outputs = self._predict_alone(model, prepared)
         times, events = (part[indices] for part in _times(prepared))
         before = (times <= self.survival.survival_horizon) & (events == 1)
@@ -227,23 +237,6 @@ class SurvivalClient(TabularClient):
         ]
         counts = noised_counts(before[known], scores[known, None], patient_of_row, noise)
         return noised_metrics(counts) | {NOISED: counts}
-
-
-class _Hazards(nn.Module):
-    """Adds the log odds of each interval to one score a patient (Cox 1972, section 6).
-
-    With one score for all intervals, a private run has few numbers to hide in noise.
-    """
-
-    def __init__(self, score: nn.Module, intervals: int) -> None:
-        super().__init__()
-        self.score = score
-        # Events are rare. From even odds, a private run would spend all its steps learning that.
-        self.baseline = nn.Parameter(torch.full((intervals,), -3.0))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the log odds, (batch, intervals)."""
-        return self.score(features) + self.baseline  # type: ignore[no-any-return]
 
 
 def _times(prepared: TableRows) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -7,14 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from flwr.app import Context
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.clients.book import POOLED, Book
@@ -22,7 +19,6 @@ from fedmed_flower.clients.pooled import indices_by_site
 from fedmed_flower.clients.targets import (
     CLASSED,
     SCALED,
-    InUnit,
     Unit,
     agreed_upon,
     declared_unit,
@@ -30,7 +26,6 @@ from fedmed_flower.clients.targets import (
     require_rows,
     with_target,
 )
-from fedmed_flower.clients.training import predict, predict_alone
 from fedmed_flower.data.outlying import Outlying, outlying
 from fedmed_flower.data.preparation import Preparation, check_contribution, contribution
 from fedmed_flower.data.rows import Rows, column_of, has_column
@@ -47,12 +42,14 @@ from fedmed_flower.metrics.outcomes import (
     reported_groups,
 )
 from fedmed_flower.models.device import half_precision, torch_device
-from fedmed_flower.models.tabular import tabular_network
 from fedmed_flower.settings.registry import Sections
 from fedmed_flower.settings.tabular import TabularSettings
 from fedmed_flower.settings.text import setting_error
 from fedmed_flower.statistics.types import Mask
 from fedmed_flower.wire import TREES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -80,6 +77,8 @@ class TableRows:
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return the rows at these indices as a batch."""
+        import torch
+
         device = self.inputs["features"].device
         index = torch.as_tensor(indices, dtype=torch.long, device=device)
         return {name: values.index_select(0, index) for name, values in self.inputs.items()}
@@ -303,6 +302,10 @@ class TabularClient(MedicalClient):
         InputError
             If the schema declares too little for the run config's preparation.
         """
+        from torch import nn
+
+        from fedmed_flower.models.tabular import InUnit, tabular_network
+
         self._require_unlearnt()
         schema = self.schema
         tables = self.tables
@@ -322,7 +325,9 @@ class TabularClient(MedicalClient):
             tables.network_dropout,
             zeros=self.zeros,
         )
-        return nn.Sequential(network, InUnit(self.unit)) if schema.task in SCALED else network
+        if schema.task in SCALED:
+            return nn.Sequential(network, InUnit(self.unit.shift, self.unit.factor))
+        return network
 
     def check(self, data: SiteData) -> None:
         """Raise `InputError` if a row lacks a column or holds an impossible target or event."""
@@ -380,6 +385,8 @@ class TabularClient(MedicalClient):
 
     def prepare(self, rows: Sequence[Row], train: bool) -> TableRows:
         """Return the rows as tensors on the device; unseen categories are logged."""
+        import torch
+
         if self.pooled and self.tables.preparation == "site":
             features = self._pooled_features(rows)
         else:
@@ -406,6 +413,8 @@ class TabularClient(MedicalClient):
 
     def targets(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return the targets that the loss compares outputs with, by their names in a batch."""
+        import torch
+
         values = column_of(rows, self.schema.target)
         whole = self.schema.task in CLASSED
         return {"target": torch.tensor(values, dtype=torch.long if whole else torch.float32)}
@@ -451,6 +460,8 @@ class TabularClient(MedicalClient):
         batch : dict of Tensor
             It holds ``target``, of shape (batch,).
         """
+        from torch.nn import functional
+
         task = self.schema.task
         target = batch["target"]
         if task == "multi-class":
@@ -464,6 +475,8 @@ class TabularClient(MedicalClient):
 
     def measure(self, model: nn.Module, prepared: TableRows) -> dict[str, Any]:
         """Return ``loss``, `metrics_of_rows`, and on test rows also the metrics of each group."""
+        import torch
+
         outputs = self.predict(model, prepared)
 
         def measured(indices: Sequence[int]) -> dict[str, Any]:
@@ -584,6 +597,8 @@ class TabularClient(MedicalClient):
         self, model: nn.Module, prepared: TableRows
     ) -> tuple[list[int], NDArray[np.float32]]:
         """Return the indices of the rows for which the network did not fail, and their outputs."""
+        from fedmed_flower.clients.training import predict_alone
+
         model.eval()
         features = prepared.inputs["features"]
         indices, scores = predict_alone(
@@ -596,6 +611,8 @@ class TabularClient(MedicalClient):
 
     def predict(self, model: nn.Module, prepared: TableRows) -> NDArray[np.float32]:
         """Return the outputs of all rows, (n, outputs)."""
+        from fedmed_flower.clients.training import predict
+
         model.eval()
         batches = (
             {"features": prepared.inputs["features"][start : start + _BATCH]}

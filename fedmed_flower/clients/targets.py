@@ -9,8 +9,6 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from fedmed_flower.data.bounded import quoted
 from fedmed_flower.data.preparation import Preparation
@@ -40,19 +38,6 @@ class Unit(NamedTuple):
     shift: float = 0.0
     factor: float = 1.0
     weight: float = 1.0
-
-
-class InUnit(nn.Module):
-    """The last layer of a network that predicts numbers."""
-
-    def __init__(self, unit: Unit) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def forward(self, outputs: Tensor) -> Tensor:
-        """Return the outputs in the unit, in 32 bits at least, since 16 are too few for it."""
-        precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        return self.unit.factor * precise + self.unit.shift
 
 
 def with_target(schema: Schema) -> Schema:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from fedmed_flower.errors import DivergedError
 from fedmed_flower.methods.base import PLAIN, Method
@@ -107,6 +108,49 @@ def train_epochs(
                 )
         mean = total / rows
     return mean
+
+
+def random_batches(
+    batch_of: Callable[[list[int]], Batch], count: int, size: int, seed: int
+) -> DataLoader[Batch]:
+    """Return the batches of a pass over rows, in an order that differs from pass to pass.
+
+    Parameters
+    ----------
+    batch_of : callable
+        Maps the indices of some rows to a batch.
+    count : int
+        Number of rows.
+    size : int
+        Rows in a batch. A last batch of one row is left out: it has no variance, which batch
+        normalisation needs.
+    seed : int
+        Decides the order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = RandomSampler(range(count), generator=generator)
+    # The loader is given whole batches: to fetch row by row takes longer than to train.
+    return DataLoader(
+        _Picked(batch_of),
+        batch_size=None,
+        sampler=BatchSampler(order, size, drop_last=count > size and count % size == 1),
+        collate_fn=_unchanged,
+        generator=generator,
+    )
+
+
+class _Picked(Dataset[Batch]):
+    """The batches of `random_batches`, by the indices of their rows."""
+
+    def __init__(self, batch_of: Callable[[list[int]], Batch]) -> None:
+        self._batch_of = batch_of
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        return self._batch_of(indices)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 class Steps:

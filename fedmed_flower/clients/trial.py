@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from fedmed_flower.clients.base import MedicalClient
 from fedmed_flower.errors import InputError
-from fedmed_flower.models.adapters import require_adapters_used
 from fedmed_flower.models.device import derive_seed, half_precision
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -60,6 +60,10 @@ def _first_batch(client: MedicalClient) -> Mapping[str, Tensor] | None:
 
 
 def _try(client: MedicalClient, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    import torch
+
+    from fedmed_flower.models.adapters import require_adapters_used
+
     model.train()
     kind = next(iter(batch.values())).device.type
     try:

@@ -9,13 +9,15 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from fedmed_flower.data.bounded import unpacked
 from fedmed_flower.data.download import PublicFile, SourceUnavailable, obtain
 from fedmed_flower.data.sources import HEART_FEATURES, load_heart_disease
 from fedmed_flower.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What pandas raises if a table is cut off, damaged or not the expected one.
 _UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error)
@@ -107,6 +109,8 @@ def heart_disease(timeout: float = 10) -> tuple[dict[str, pd.DataFrame], str]:
     source : str
         Where the tables come from.
     """
+    import pandas as pd
+
     tables = {}
     sources = set()
     for name, table in load_heart_disease(timeout).items():
@@ -126,6 +130,8 @@ def breast_cancer(timeout: float = 10) -> pd.DataFrame:
     It holds 1,088 patients, those with a time of 0 or less included. ``split`` is train or test as
     FLamby divides them. Parameters and errors are those of `load_heart_disease`.
     """
+    import pandas as pd
+
     paths = [obtain(_TCGA[name], timeout).path for name in ("brca", "train_test_split")]
     try:
         table, split = map(pd.read_csv, paths)
@@ -158,6 +164,8 @@ def intensive_care(folder: str | Path | None = None) -> pd.DataFrame:
     InputError
         If a table cannot be read or lacks a column.
     """
+    import pandas as pd
+
     home = os.environ.get("FEDMED_DATA")
     where: Path | None = None
     if folder:
@@ -200,5 +208,7 @@ def intensive_care(folder: str | Path | None = None) -> pd.DataFrame:
 
 
 def _packed_table(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     with gzip.open(path) as packed:
         return pd.read_csv(io.BytesIO(unpacked(packed, path, "a table")))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pooch
 from numpy.typing import NDArray
 
 from fedmed_flower.data.site import Row
@@ -72,6 +71,8 @@ class ImageSplits:
 
 def user_cache() -> Path:
     """Return the folder ``FEDMED_CACHE``, or the one that the user's system has for such files."""
+    import pooch
+
     return Path(os.environ.get("FEDMED_CACHE") or pooch.os_cache("fedmed-flower"))
 
 
@@ -144,6 +145,8 @@ def obtain(file: PublicFile, timeout: float, alternative: str = "") -> Copy:
                 origin = "local copy, not compared with the publisher's checksum"
                 return local_copy(path, file.title, origin)
         _LOG.info("FEDMED_DATA (%s) holds no %s", folder, file.local)
+    import pooch
+
     remedy = f"put {name} into a folder and set FEDMED_DATA to that folder{alternative}"
 
     def download(url: str, target: str, _pooch: object) -> None:
@@ -190,6 +193,8 @@ def _receive(url: str, timeout: float) -> bytes:
     TimeoutError
         If no data arrive for `timeout` seconds. Errors of pooch are raised as they are.
     """
+    import pooch
+
     errors: list[Exception] = []
     buffer = _Buffer()
     buffer.touched = time.monotonic()

@@ -9,8 +9,6 @@ import zlib
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from PIL import Image
-
 COLOURS = "#0072b2 #d55e00 #009e73 #c066a0 #d99000 #3fa7dc #7a68b3 #a8743a #7f8c1d #c23b4e #1c9c9c"
 PALETTE = (*COLOURS.split(), "#808080")
 
@@ -71,6 +69,8 @@ def sound(png: bytes) -> str | None:
 
 
 def _pixels_fit(png: bytes, packed: bytes) -> str | None:
+    from PIL import Image
+
     header = png[len(_START) + 8 : len(_START) + 21]
     if png[len(_START) : len(_START) + 4] != struct.pack(">I", len(header)):
         return "it is damaged or cut short"

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 from fedmed_flower.genomics.types import Counts, Floats
 
@@ -244,6 +244,8 @@ def result_of_terms(terms: Floats, spread: Spread) -> Results:
     spread : Spread
         Of the hospitals' own odds ratios.
     """
+    from scipy import stats
+
     deviation, total, r, s, pr, mixed, qs = terms.T
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic = np.where(total > 0, deviation**2 / total, np.nan)
@@ -278,6 +280,8 @@ def spread_of(effects: Floats, errors: Floats) -> Spread:
 
 
 def _spread(q: Floats, freedom: Floats) -> Spread:
+    from scipy import stats
+
     with np.errstate(divide="ignore", invalid="ignore"):
         beyond = np.where(q > freedom, 1 - freedom / q, 0.0)
     i2 = np.where(np.isfinite(q), 100 * beyond, np.nan)
@@ -321,6 +325,8 @@ def spread_of_terms(known: NDArray[np.int64], terms: Floats) -> Spread:
 
 def log10_p_of_z(z: Floats) -> Floats:
     """Return the decimal logarithm of the two-sided p-value of a standard normal statistic."""
+    from scipy import stats
+
     return np.asarray((math.log(2) + stats.norm.logsf(np.abs(z))) / _LN10, np.float64)
 
 
@@ -364,6 +370,8 @@ def log10_of_text(text: str) -> float:
 
 def genomic_inflation(log10_p: Sequence[float] | Floats) -> float:
     """Return the median statistic over that expected without association; NaN without p-values."""
+    from scipy import stats
+
     known = np.asarray(log10_p, np.float64)
     known = known[np.isfinite(known)]
     if not len(known):

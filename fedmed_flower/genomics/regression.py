@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg, special, stats
+from scipy import linalg, special
 
 from fedmed_flower.genomics.association import (
     QUANTILE,
@@ -629,6 +629,8 @@ class LogisticFit:
         Newton step of each hospital from the common model towards its own. Covariates have slopes
         of the hospital's own there.
         """
+        from scipy import stats
+
         self.failed |= self._open
         slope, error = (
             np.where(self.failed, np.nan, part) for part in (self.slopes[:, -1], self._error)

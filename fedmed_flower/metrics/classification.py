@@ -276,15 +276,15 @@ def classes_of_noised(length: int) -> int:
 
 def rates_of(confusion: NDArray[np.int64]) -> dict[str, float]:
     """Return the metrics that follow from a confusion matrix; undefined ones are left out."""
-    # Imported here because scikit-learn takes a second to load, and not every server needs it.
-    from sklearn.metrics import multilabel_confusion_matrix
-
-    truth, guess = np.indices(confusion.shape)
-    per_class = multilabel_confusion_matrix(
-        truth.ravel(), guess.ravel(), sample_weight=confusion.ravel()
-    )
+    of_class = confusion.sum(axis=1)
+    found = np.diagonal(confusion)
+    # Sums of the other cells alone: of fractions, a difference of sums is not 0 where it must be.
+    apart = ~np.eye(len(confusion), dtype=bool)
+    others = apart @ of_class
+    mistaken = (confusion * apart).sum(axis=0)
     with np.errstate(invalid="ignore"):
-        specificity, sensitivity = (per_class[:, i, i] / per_class[:, i].sum(1) for i in (0, 1))
+        sensitivity = found / of_class
+        specificity = (others - mistaken) / others
     concerned = slice(1, 2) if len(confusion) == 2 else slice(None)
     rates = {
         "accuracy": np.trace(confusion) / confusion.sum(),

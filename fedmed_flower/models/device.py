@@ -5,12 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from fedmed_flower.errors import InputError
 from fedmed_flower.settings.training import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+def require_device(settings: Settings) -> None:
+    """Raise `InputError` if the settings ask for a GPU and torch sees none."""
+    if not settings.device.startswith("cuda"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"device is {settings.device}, but torch sees no GPU here: set device to auto or cpu"
+        )
 
 
 def torch_device(settings: Settings) -> torch.device:
@@ -21,12 +35,11 @@ def torch_device(settings: Settings) -> torch.device:
     InputError
         If the settings ask for a GPU and torch sees none.
     """
+    import torch
+
     if settings.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(
-            f"device is {settings.device}, but torch sees no GPU here: set device to auto or cpu"
-        )
+    require_device(settings)
     return torch.device(settings.device)
 
 
@@ -47,6 +60,8 @@ def make_optimizer(
     progress : float
         Share of the run's rounds that are done, for ``schedule``; in [0, 1).
     """
+    import torch
+
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rate = settings.rate_at(progress)
     if settings.optimizer == "adam":
@@ -76,6 +91,8 @@ def torch_environment(seed: int, threads: int, device: torch.device) -> Iterator
     device : torch.device
         Its generator is restored too.
     """
+    import torch
+
     before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -89,5 +106,7 @@ def torch_environment(seed: int, threads: int, device: torch.device) -> Iterator
 
 def arranged(values: Tensor) -> Tensor:
     """Return images, or the weights of a convolution, with their channels last in memory."""
+    import torch
+
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(values.ndim)
     return values if layout is None else values.contiguous(memory_format=layout)

@@ -7,6 +7,7 @@ normalisation in place of batch normalisation, which mixes patients.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fedmed_flower.errors import InputError
@@ -86,3 +87,17 @@ class _Block(nn.Module):
         """Return (batch, width)."""
         changed: Tensor = self.layers(values)
         return values + changed
+
+
+class InUnit(nn.Module):
+    """The last layer of a network that predicts numbers: factor * output + shift."""
+
+    def __init__(self, shift: float, factor: float) -> None:
+        super().__init__()
+        self.shift = shift
+        self.factor = factor
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Return the outputs in the unit, in 32 bits at least, since 16 are too few for it."""
+        precise = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        return self.factor * precise + self.shift

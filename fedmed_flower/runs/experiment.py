@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import tomli_w
@@ -32,7 +33,6 @@ from fedmed_flower.methods.registry import method_by_settings
 from fedmed_flower.metrics.counts import COUNTS_FILE, counted
 from fedmed_flower.prediction.predictor import write_predictor
 from fedmed_flower.privacy.patient import LEDGERS
-from fedmed_flower.reports.report import write_report
 from fedmed_flower.runs.baselines import Baselines
 from fedmed_flower.runs.roll_call import (
     Sites,
@@ -770,15 +770,20 @@ class Experiment:
                 if folder.checkpoint_file.exists() and not isinstance(error, DivergedError):
                     text += f"; go on with --resume {folder.path}"
                 self._write_summary("stopped" if stopped else "failed", text)
-                write_report(folder.path)
+                self._write_report()
                 raise
             self._write_predictor(result.arrays)
             self._write_summary("finished")
-            report = write_report(folder.path)
-            log.info("report: %s", report)
+            log.info("report: %s", self._write_report())
         # Models for comparison have left theirs since.
         leave_result(self.grid, result, folder)
         return result
+
+    def _write_report(self) -> Path:
+        """Write the report, whose plots no round waits for."""
+        from fedmed_flower.reports.report import write_report
+
+        return write_report(self.folder.path)
 
     def _log_part(self) -> None:
         """Log how much of the model is trained and travels, if not all of it."""

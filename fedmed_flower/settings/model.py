@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-from flwr.app import Context
+from typing import TYPE_CHECKING
 
 from fedmed_flower.settings.allowed import OneOf, Within
 from fedmed_flower.settings.section import Section, setting
 from fedmed_flower.settings.text import setting_error, with_type_of
+
+if TYPE_CHECKING:
+    from flwr.app import Context
 
 
 @dataclass(frozen=True)

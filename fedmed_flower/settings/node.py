@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Self
-
-from flwr.app import UserConfig
+from typing import TYPE_CHECKING, Self
 
 from fedmed_flower.settings.allowed import SomeOf, Within, parts_of
 from fedmed_flower.settings.disclosure import FEWEST
 from fedmed_flower.settings.section import Section, key_of, setting
 from fedmed_flower.settings.text import setting_error, unknown_key
 from fedmed_flower.wire import IN_SUMS, NOT_IN_SUMS, OTHERWISE_IN_SUMS
+
+if TYPE_CHECKING:
+    from flwr.app import UserConfig
 
 # Stands for all kinds of messages.
 ALL_KINDS = "all"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from flwr.app import UserConfig
+from typing import TYPE_CHECKING
 
 from fedmed_flower.arrays.compression import COMPRESSIONS, NONE
 from fedmed_flower.settings.allowed import Matching, OneOf, Within
 from fedmed_flower.settings.section import MOST_EXPONENT, MOST_ROUNDS, Section, setting
 from fedmed_flower.settings.text import expand, setting_error
+
+if TYPE_CHECKING:
+    from flwr.app import UserConfig
 
 # Where a run can be tracked.
 TRACKERS = ("tensorboard", "mlflow", "wandb")

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any, Protocol, runtime_checkable
-
-from flwr.app import UserConfig, UserConfigValue
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fedmed_flower.settings.bags import BagSettings
 from fedmed_flower.settings.disclosure import DisclosureSettings
@@ -39,6 +37,9 @@ from fedmed_flower.settings.tabular import TabularSettings
 from fedmed_flower.settings.text import expand, text_of, unknown_key
 from fedmed_flower.settings.training import Settings
 from fedmed_flower.settings.trees import TreeSettings
+
+if TYPE_CHECKING:
+    from flwr.app import UserConfig, UserConfigValue
 
 Sections = Sequence[type[Section]]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Self, TypeVar
-
-from flwr.app import UserConfig
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from fedmed_flower.settings.allowed import Allowed
 from fedmed_flower.settings.text import expand, setting_error, with_type_of
+
+if TYPE_CHECKING:
+    from flwr.app import UserConfig
 
 T = TypeVar("T", bool, int, float, str)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from flwr.app import UserConfig
+from typing import TYPE_CHECKING
 
 from fedmed_flower.settings.allowed import OneOf, Within
 from fedmed_flower.settings.section import Section, setting
 from fedmed_flower.settings.text import expand, setting_error
+
+if TYPE_CHECKING:
+    from flwr.app import UserConfig
 
 OFF = "none"
 SUM = "sum"

@@ -10,12 +10,14 @@ import difflib
 import tomllib
 from collections.abc import Collection, Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
-from flwr.app import UserConfig, UserConfigValue
 
 from fedmed_flower.errors import InputError
+
+if TYPE_CHECKING:
+    from flwr.app import UserConfig, UserConfigValue
 
 SETTINGS = "settings"
 _MOST_LETTERS = 1 << 20

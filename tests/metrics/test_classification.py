@@ -12,6 +12,7 @@ from fedmed_flower.metrics.classification import (
     classification_metrics,
     noised_counts,
     noised_metrics,
+    rates_of,
 )
 from fedmed_flower.metrics.pooling import check_counts, pool
 
@@ -62,6 +63,30 @@ def test_multi_class_equals_scikit_learn():
         reference.recall_score(labels, guess, average="macro")
     )
     assert np.allclose(class_margins(logits), np.log(probabilities / (1 - probabilities)))
+
+
+@given(st.integers(2, 5), st.booleans(), st.integers(0, 2**32 - 1))
+def test_rates_of_a_confusion_matrix_equal_scikit_learn(classes, whole, seed):
+    rng = np.random.default_rng(seed)
+    confusion = rng.integers(0, 4, (classes, classes))
+    confusion[0, 0] += 1
+    if not whole:
+        confusion = confusion * rng.uniform(0, 1, confusion.shape)
+    truth, guess = (index.ravel() for index in np.indices(confusion.shape))
+    per_class = reference.multilabel_confusion_matrix(truth, guess, sample_weight=confusion.ravel())
+    got = rates_of(confusion)
+    assert got["accuracy"] == pytest.approx(
+        reference.accuracy_score(truth, guess, sample_weight=confusion.ravel())
+    )
+    concerned = [1] if classes == 2 else range(classes)
+    for name, row in (("specificity", 0), ("sensitivity", 1)):
+        cells = [per_class[label, row] for label in concerned]
+        # What rounding has left of no row at all is no row.
+        known = all(cell.sum() > 1e-9 for cell in cells)
+        assert (name in got) == known
+        if known:
+            rates = [cell[row] / cell.sum() for cell in cells]
+            assert got[name] == pytest.approx(np.mean(rates))
 
 
 def test_pooled_equals_one_site_with_all_rows():
