@@ -13,7 +13,7 @@ from fedmed_flower.cli.tables import input_errors
 
 
 def link(
-    options: FlowersOptions = None, poll: GivenPoll = 0.1, no_fork_server: NoForkServer = False
+    options: FlowersOptions = None, poll: GivenPoll = 1.0, no_fork_server: NoForkServer = False
 ) -> None:
     """Start the server's SuperLink: `flower-superlink`, with a fork server for its runs.
 

@@ -90,13 +90,14 @@ def test_flowers_command_gets_its_options_untouched_and_its_exit_code_is_returne
     assert given["argv"] == [str(python.with_name(program)), *options, "--poll", "x", "--help"]
 
 
-def test_flower_calls_nobody_installs_nothing_and_finds_its_other_commands(python):
-    _, given = fedmed(python, "node", "--no-fork-server", PATH="/usr/bin:/bin")
+@pytest.mark.parametrize(("name", "poll"), [("node", "0.1"), ("link", "1.0")])
+def test_flower_calls_nobody_installs_nothing_and_finds_its_other_commands(python, name, poll):
+    _, given = fedmed(python, name, "--no-fork-server", PATH="/usr/bin:/bin")
     set_ = given["environment"]
     assert set_["FLWR_TELEMETRY_ENABLED"] == "0"
     assert set_["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert set_["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
-    assert set_[POLL] == "0.1"
+    assert set_[POLL] == poll
     assert set_["PATH"].split(os.pathsep) == [str(python.parent), "/usr/bin", "/bin"]
     assert set_["no_proxy"] == set_["NO_PROXY"] == "localhost,127.0.0.1,::1"
     # Threads are the hospital's own choice.
