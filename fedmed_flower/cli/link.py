@@ -10,6 +10,7 @@ from fedmed_flower.cli.launching import (
     launch,
 )
 from fedmed_flower.cli.tables import input_errors
+from fedmed_flower.engines.forking import SERVER_COMMANDS, SERVER_MODULES
 
 
 def link(
@@ -22,8 +23,6 @@ def link(
     not used for this machine itself. All other options are Flower's, and so are signals and the
     exit code: `fedmed link -- --help` shows them.
     """
-    from fedmed_flower.engines.forking import SERVER_COMMANDS, SERVER_MODULES
-
     with input_errors():
         superlink = Launched("flower-superlink", True, SERVER_COMMANDS, SERVER_MODULES)
         launch(superlink, options or [], poll, not no_fork_server)

@@ -10,6 +10,7 @@ from fedmed_flower.cli.launching import (
     launch,
 )
 from fedmed_flower.cli.tables import input_errors
+from fedmed_flower.engines.forking import HOSPITAL_COMMANDS, HOSPITAL_MODULES
 
 
 def node(
@@ -22,8 +23,6 @@ def node(
     not used for this machine itself. All other options are Flower's, and so are signals and the
     exit code: `fedmed node -- --help` shows them.
     """
-    from fedmed_flower.engines.forking import HOSPITAL_COMMANDS, HOSPITAL_MODULES
-
     with input_errors():
         supernode = Launched("flower-supernode", False, HOSPITAL_COMMANDS, HOSPITAL_MODULES)
         launch(supernode, options or [], poll, not no_fork_server)
