@@ -60,6 +60,10 @@ def start(
     node_config: Annotated[
         str, typer.Option(help="More of every node config; {site} stands for the hospital's name.")
     ] = "",
+    approvals: Annotated[
+        Path | None,
+        typer.Option(help="A folder with each hospital's list of approved apps, by its name."),
+    ] = None,
     no_fork_server: Annotated[
         bool, typer.Option("--no-fork-server", help="Start each app process with all imports.")
     ] = False,
@@ -102,7 +106,8 @@ def start(
             options = supernode_options(
                 directory, name, data_root / name, port, site_port, node_config
             )
-            launch(directory, name, site_port, [*node, *options], nodes[name])
+            listed = ["--approvals", str(approvals / name)] if approvals else []
+            launch(directory, name, site_port, [*node, *listed, *options], nodes[name])
         wait_until(
             directory,
             lambda: set(site_states(directory).values()) == {"online"},

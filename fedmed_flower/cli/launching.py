@@ -84,7 +84,11 @@ class Launched:
 
 
 def launch(
-    flower: Launched, options: Sequence[str], poll: float, fork_server: bool = True
+    flower: Launched,
+    options: Sequence[str],
+    poll: float,
+    fork_server: bool = True,
+    approvals: Path | None = None,
 ) -> NoReturn:
     """Become Flower's command.
 
@@ -98,15 +102,21 @@ def launch(
     fork_server : bool
         Whether app processes come from a fork server. There is none where none is of use; on
         standard error stands why.
+    approvals : Path, optional
+        Folder of a hospital's list of approved apps: no other app starts.
 
     Raises
     ------
     InputError
-        If the command is not installed or cannot be started, or `poll` is out of range.
+        If the command is not installed or cannot be started, `poll` is out of range, or an option
+        would let apps start past the list.
     """
     program = _program(flower.name)
     environment = launch_environment(os.environ, poll, program.parent)
     asked = _options_read().parse_known_args(options)[0]
+    if approvals is not None:
+        _require_guarded(asked)
+        environment = _guarded(environment, approvals)
     if not fork_server or asked.help or asked.version:
         _become(program, options, environment)
     if reason := _hindrance(flower, asked, environment):
@@ -152,6 +162,32 @@ def _program(name: str) -> Path:
             f"{sys.executable}"
         )
     return program
+
+
+def _require_guarded(asked: argparse.Namespace) -> None:
+    """Refuse options by which code would run that no list has seen."""
+    if asked.isolation == "process":
+        raise InputError(
+            "--approvals excludes --isolation process: whoever starts the app processes then is "
+            "not bound by the list"
+        )
+    if asked.allow:
+        raise InputError(
+            "--approvals excludes --allow-runtime-dependency-installation: packages run code that "
+            "nobody has approved"
+        )
+
+
+def _guarded(environment: Mapping[str, str], approvals: Path) -> dict[str, str]:
+    """Return the environment with the guarded commands first on ``PATH``."""
+    from fedmed_flower.approval.approvals import Approvals
+    from fedmed_flower.approval.gate import APPROVALS, write_commands
+
+    folder = approvals.expanduser().absolute()
+    # What is wrong with the list is said now, not at the first message.
+    Approvals.load(folder)
+    path = os.pathsep.join([str(write_commands(folder)), environment["PATH"]])
+    return {**environment, "PATH": path, APPROVALS: str(folder)}
 
 
 def _options_read() -> argparse.ArgumentParser:
