@@ -24,5 +24,7 @@ def node(
     exit code: `fedmed node -- --help` shows them.
     """
     with input_errors():
-        supernode = Launched("flower-supernode", False, HOSPITAL_COMMANDS, HOSPITAL_MODULES)
+        # Of the SuperExec, which starts the app processes: its imports set environment variables.
+        modules = ("flwr.supercore.cli", *HOSPITAL_MODULES)
+        supernode = Launched("flower-supernode", False, HOSPITAL_COMMANDS, modules)
         launch(supernode, options or [], poll, not no_fork_server)

@@ -96,6 +96,11 @@ def test_an_app_runs_on_all_hospitals(running: Deployment, toy_app: Path) -> Non
     assert "ROUND 1 east north south" in done.stdout
     assert "ROUND 2 east north south" in done.stdout
     assert "MODEL [0.0, 1.0, 2.0]" in done.stdout
+    for name in running.processes:
+        log = running.log(name)
+        assert re.search(r"^fork server: \d+ modules", log, re.MULTILINE), log
+        # Neither the fork server nor the process that asks it has found a reason not to.
+        assert "new process" not in log, log
 
 
 def test_a_failing_app_gives_a_failing_exit_code(running: Deployment, toy_app: Path) -> None:
@@ -172,6 +177,21 @@ def test_stop_in_mid_training_leaves_no_process_and_no_taken_port(
     assert all(can_bind(entry["port"]) for entry in processes.values())
     assert "Nothing is running" in running.command("stop").stdout
     assert (running.directory / "sites" / "north" / "key").exists()
+
+
+@pytest.mark.parametrize("option", ["--no-fork-server", "--no-launchers"])
+def test_an_app_runs_without_fork_servers_and_by_flowers_own_commands(
+    tmp_path: Path, option: str
+) -> None:
+    server = MORTAL_SERVER.replace("min_available_nodes=3", "min_available_nodes=1")
+    app = write_app(tmp_path / "app", server)
+    with deployment(tmp_path / "files", "--sites", "1", option) as started:
+        command, _ = started.started("north")
+        done = started.command("run", str(app))
+        assert "fork server" not in started.log("north")
+    assert Path(command[1]).name == "flower-supernode"
+    assert done.returncode == 0, done.stdout
+    assert "MODEL [0.0, 1.0, 2.0]" in done.stdout
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
