@@ -23,6 +23,11 @@ from multiprocessing.process import current_process
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedmed_flower.engines.fork_guard import FREE
+
+# Python's exit code then.
+_NOT_FLUSHED = 120
+
 
 class Imported:
     """What the imports have left in the server that each child must have anew.
@@ -89,6 +94,10 @@ def become(request: Request, imported: Imported) -> None:
     sys.orig_argv[:] = [sys.executable, *arguments]
     if not sys.flags.safe_path:
         sys.path[0] = str(Path(arguments[0]).resolve().parent)
+    for name in FREE:
+        os.environb.pop(name, None)
+        if name in request.variables:
+            os.environb[name] = request.variables[name]
     importlib.invalidate_caches()
     tempfile.tempdir = None
     # Of processes that know each other; shared by all children otherwise.
@@ -163,6 +172,7 @@ def leave(code: int) -> NoReturn:
         # As Python does at a second signal: it says so, and ends all the same.
         traceback.print_exc()
     atexit._run_exitfuncs()
+    code = _flushed(code)
     kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
     # Of what was made since the fork alone, which is not frozen.
     files = [each for each in gc.get_objects() if type(each) in kinds]
@@ -171,14 +181,23 @@ def leave(code: int) -> NoReturn:
             if type(file) is kind and not file.closed and file.writable():
                 with suppress(OSError, ValueError):
                     file.flush()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            # As Python says it.
-            code = code or 120
     ctypes.CDLL(None).fflush(None)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def _flushed(code: int) -> int:
+    """Flush the standard streams; return the exit code, which says if one could not be."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except (OSError, ValueError) as error:
+            code = code if code < 0 else _NOT_FLUSHED
+            if stream is sys.stdout:
+                # In Python's words.
+                print(f"Exception ignored in: {stream!r}", file=sys.stderr)
+                traceback.print_exception(type(error), error, None)
+    return code

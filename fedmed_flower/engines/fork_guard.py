@@ -24,6 +24,11 @@ _STATUS = re.compile(
 )
 
 
+# Variables that may have any value, since nothing that is imported beforehand reads them. Flower's
+# SuperExec sets this one for a package that an app of agents imports.
+FREE = (b"BROWSER_USE_SETUP_LOGGING",)
+
+
 class RefusedError(Exception):
     """A child would not be what a new process is; the text names what differs."""
 
@@ -92,7 +97,7 @@ class Surroundings:
         RefusedError
             With the first name that differs; values are not shown.
         """
-        for name in sorted(self.variables.keys() | variables.keys()):
+        for name in sorted((self.variables.keys() | variables.keys()) - set(FREE)):
             known = (self.variables.get(name), os.environb.get(name))
             if variables.get(name) not in known:
                 text = name.decode("ascii", "backslashreplace")

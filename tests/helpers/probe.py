@@ -24,7 +24,7 @@ def found():
     return {
         "arguments": [sys.argv, sys.orig_argv, sys.executable, sys.flags, sys.warnoptions],
         "environment": dict(os.environ),
-        "folder": os.getcwd(),
+        "folder": str(Path.cwd()),
         "path": sys.path,
         "importers": [sys.dont_write_bytecode, sys.pycache_prefix, len(sys.meta_path)],
         "main": {
@@ -59,7 +59,7 @@ def found():
             if isinstance(logger, logging.Logger)
         },
         "root logger": [_handler(handler) for handler in logging.root.handlers],
-        "threads": [len(os.listdir("/proc/self/task")), threading.active_count()],
+        "threads": [len(list(Path("/proc/self/task").iterdir())), threading.active_count()],
         "main thread": threading.current_thread() is threading.main_thread(),
         "at exit": atexit._ncallbacks(),
         "collector": [gc.isenabled(), gc.get_threshold(), gc.get_debug()],
@@ -136,7 +136,7 @@ def numbers():
     if "numpy" in sys.modules:
         import numpy
 
-        drawn["numpy"] = numpy.random.random()
+        drawn["numpy"] = numpy.random.random()  # noqa: NPY002
     if "torch" in sys.modules:
         import torch
 
