@@ -220,7 +220,7 @@ def test_a_command_ends_as_a_new_process_ends(commands, tmp_path):
     assert outcomes["probe", "error"][2].count("probe") == 2
 
 
-WAITING = """
+WAITING = r"""
     import os, signal, sys, time
 
     def tell(number, frame):
