@@ -24,7 +24,5 @@ def node(
     exit code: `fedmed node -- --help` shows them.
     """
     with input_errors():
-        # Of the SuperExec, which starts the app processes: its imports set environment variables.
-        modules = ("flwr.supercore.cli", *HOSPITAL_MODULES)
-        supernode = Launched("flower-supernode", False, HOSPITAL_COMMANDS, modules)
+        supernode = Launched("flower-supernode", False, HOSPITAL_COMMANDS, HOSPITAL_MODULES)
         launch(supernode, options or [], poll, not no_fork_server)
