@@ -166,6 +166,12 @@ class Measured:
         begun = [exchange.sent for exchange in self.exchanges if exchange.kind == "train"]
         return [after - before for before, after in pairwise(begun)]
 
+    def seconds_between(self) -> list[float]:
+        """Return the seconds from the last reply of an exchange of a round to the next message."""
+        kinds = [exchange.kind for exchange in self.exchanges]
+        within = self.exchanges[kinds.index("train") : len(kinds) - kinds[::-1].index("train")]
+        return [after.sent - before.ended for before, after in pairwise(within)]
+
     def seconds_of(self, kind: str) -> list[float]:
         """Return the seconds of each exchange of messages whose kind begins so."""
         return [each.ended - each.sent for each in self.exchanges if each.kind.startswith(kind)]
@@ -312,6 +318,11 @@ def knows_next(name: str) -> bool:
     return any(line.split()[1:2] == ["validate"] for line in lines)
 
 
+def median(values: Sequence[float] | None) -> str:
+    """Return a median as the table has it; empty if nothing was measured."""
+    return f"{statistics.median(values):.2f}" if values else ""
+
+
 def spread(values: Sequence[float]) -> str:
     """Return a median with its range."""
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
@@ -354,12 +365,13 @@ def row(name: str, variant: str, run: Measured) -> list[str]:
 
 
 def parts(apps: Sequence[str], found: dict[tuple[str, str], Measured]) -> Iterator[list[str]]:
-    """Yield the rows of the second table: where the seconds of a message went."""
+    """Yield the rows of the second table: where the seconds of a round went."""
     for name in apps:
+        runs = [found.get((name, variant)) for variant in VARIANTS]
         for part in PARTS:
-            runs = [found.get((name, variant)) for variant in VARIANTS]
-            medians = [run and statistics.median(run.seconds_of_part(part)) for run in runs]
-            yield [name, part, *("" if each is None else f"{each:.2f}" for each in medians)]
+            yield [name, part, *(median(run and run.seconds_of_part(part)) for run in runs)]
+        between = "the server, from an exchange's last reply to the next message"
+        yield [name, between, *(median(run and run.seconds_between()) for run in runs)]
 
 
 def main() -> None:
@@ -377,7 +389,7 @@ def main() -> None:
     documented.show(
         "deployed rounds", head, rows(options.apps, options.rounds, found), options, threads=1
     )
-    head = ["app", "median s of a message of training or validation", *VARIANTS]
+    head = ["app", "median s, of each message of training or validation", *VARIANTS]
     documented.show("deployed messages", head, parts(options.apps, found), options, threads=1)
 
 

@@ -221,13 +221,19 @@ def _hindrance(
 def _kept_fork_server(flower: Launched, environment: Mapping[str, str]) -> dict[str, str]:
     """Start a keeper with a fork server, and return the environment of Flower's command."""
     own, of_keeper = socket.socketpair()
-    if os.fork() == 0:
+    keeper = os.fork()
+    if keeper == 0:
         own.close()
         _keep(flower, environment, of_keeper)
     of_keeper.close()
     answer = b""
-    while part := own.recv(1 << 16):
-        answer += part
+    try:
+        while part := own.recv(1 << 16):
+            answer += part
+    except KeyboardInterrupt:
+        # Otherwise it would end after the imports.
+        os.kill(keeper, signal.SIGINT)
+        raise
     if not answer:
         raise InputError("the fork server did not start, see above; --no-fork-server does without")
     # It stays open as long as the command lives, and closes however that ends.

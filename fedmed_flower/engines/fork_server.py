@@ -10,34 +10,33 @@ Linux alone: it reads ``/proc``, and hands out descriptors of processes.
 
 from __future__ import annotations
 
-import atexit
-import builtins
 import ctypes
 import gc
 import importlib
-import io
 import json
 import os
-import random
-import re
 import selectors
 import signal
 import socket
 import sys
-import tempfile
-import threading
 import time
 import traceback
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.machinery import SourceFileLoader
-from multiprocessing.process import current_process
 from pathlib import Path
-from typing import Any, NoReturn
 
+from fedmed_flower.engines.fork_child import Imported, Request, become, leave, run_script
 from fedmed_flower.engines.fork_client import DESCRIPTORS, GO, LENGTHS, NUMBER, PATIENCE, peer
+from fedmed_flower.engines.fork_guard import (
+    Packages,
+    RefusedError,
+    Surroundings,
+    descriptors,
+    environment,
+    own_interpreter,
+    threads,
+)
 
 # Bytes of a request; Linux itself gives a process no more than 6 MiB.
 MOST_BYTES = 6 << 20
@@ -45,384 +44,7 @@ MOST_BYTES = 6 << 20
 MOST_ASKING = 64
 # Seconds in which a request must be whole and confirmed: the asking process waits less.
 ASKING = 2 * PATIENCE
-_PROC = Path("/proc")
-# Lines of /proc/PID/status that a child has from this process.
-_STATUS = re.compile(
-    r"^(Umask|Uid|Gid|Groups|Sig(?:Blk|Ign)|Cap\w+|NoNewPrivs|Seccomp|Cpus_allowed|Mems_allowed):"
-    r"[ \t]*(.*)$",
-    re.MULTILINE,
-)
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
-
-
-class RefusedError(Exception):
-    """A child would not be what a new process is; the text names what differs."""
-
-
-# What the asking process was given
-
-
-def surroundings(pid: int | str) -> dict[str, str]:
-    """Return what a process was given by the one that started it, apart from its environment.
-
-    Parameters
-    ----------
-    pid : int or "self"
-
-    Raises
-    ------
-    OSError
-        If the process has ended or is another user's.
-    """
-    folder = _PROC / str(pid)
-    found = dict(_STATUS.findall((folder / "status").read_text(errors="replace")))
-    for line in (folder / "limits").read_text().splitlines()[1:]:
-        name, *values = re.split(r"\s{2,}", line.strip())
-        found[name] = " ".join(values)
-    # The name in parentheses may itself hold spaces and parentheses.
-    found["nice value"] = (
-        (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[16]
-    )
-    for name in ("cgroup", "oom_score_adj"):
-        found[name] = (folder / name).read_text().strip()
-    return found
-
-
-def environment(content: bytes) -> dict[bytes, bytes]:
-    """Return an environment as ``/proc/PID/environ`` has it, by name."""
-    pairs = (text.partition(b"=") for text in content.split(b"\0") if b"=" in text)
-    return {name: value for name, _, value in pairs}
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What this process was given at its start, to be compared with what others were given.
-
-    Attributes
-    ----------
-    variables : dict
-        The environment before anything was imported.
-    others : dict
-        As `surroundings` returns it.
-    """
-
-    variables: Mapping[bytes, bytes]
-    others: Mapping[str, str]
-
-    @classmethod
-    def own(cls) -> Surroundings:
-        """Return those of this process, before it has changed any."""
-        content = (_PROC / "self" / "environ").read_bytes()
-        return cls(environment(content), surroundings("self"))
-
-    def check(self, variables: Mapping[bytes, bytes], pid: int) -> None:
-        """Refuse a process that was given something else.
-
-        A variable may also have the value that it has in this process by now: what Flower's modules
-        set when they are imported is set in the process that starts the command, too.
-
-        Raises
-        ------
-        RefusedError
-            With the first name that differs; values are not shown.
-        """
-        for name in sorted(self.variables.keys() | variables.keys()):
-            known = (self.variables.get(name), os.environb.get(name))
-            if variables.get(name) not in known:
-                text = name.decode("ascii", "backslashreplace")
-                raise RefusedError(f"{text} differs in the environment")
-        try:
-            others = surroundings(pid)
-        except OSError as error:
-            raise RefusedError(f"the asking process cannot be read ({error.strerror})") from error
-        for what, value in self.others.items():
-            if others.get(what) != value:
-                raise RefusedError(f"{what} differs")
-
-
-# What was imported
-
-
-Stamp = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Packages:
-    """Files of what was imported, and what was installed, to notice a change.
-
-    Attributes
-    ----------
-    files : dict
-        Path -> time of change in nanoseconds, bytes, inode; of all modules and mapped libraries.
-    installed : dict
-        The same of folders of metadata and ``.pth`` files in the folders of ``sys.path``.
-    """
-
-    files: Mapping[str, Stamp]
-    installed: Mapping[str, Stamp]
-
-    @classmethod
-    def now(cls) -> Packages:
-        """Return what this process has imported."""
-        return cls(dict(_stamps(_loaded())), dict(_stamps(_installed())))
-
-    def check(self) -> None:
-        """Refuse if a file has changed since.
-
-        Raises
-        ------
-        RefusedError
-            With the path of the first one.
-        """
-        for path, stamp in self.files.items():
-            if _stamp(path) != stamp:
-                raise RefusedError(f"{path} has changed since the fork server imported it")
-        installed = dict(_stamps(_installed()))
-        for path in sorted(installed.keys() | self.installed.keys()):
-            if installed.get(path) != self.installed.get(path):
-                raise RefusedError(f"{path} has changed since the fork server started")
-
-
-def _loaded() -> Iterator[str]:
-    for module in list(sys.modules.values()):
-        # Some modules import others when they are asked for an attribute.
-        path = getattr(module, "__dict__", {}).get("__file__")
-        if isinstance(path, str):
-            yield path
-    for line in (_PROC / "self" / "maps").read_text(errors="surrogateescape").splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if path.startswith("/") and ".so" in path:
-            yield path
-
-
-def _installed() -> Iterator[str]:
-    for folder in sys.path:
-        with suppress(OSError), os.scandir(folder or ".") as entries:
-            for entry in entries:
-                if entry.name.endswith((".dist-info", ".egg-info", ".pth", ".egg-link")):
-                    yield entry.path
-
-
-def _stamps(paths: Iterable[str]) -> Iterator[tuple[str, Stamp]]:
-    for path in paths:
-        stamp = _stamp(path)
-        # A module without a file, such as one in an archive, cannot be watched.
-        if stamp is not None:
-            yield path, stamp
-
-
-def _stamp(path: str) -> Stamp | None:
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def threads() -> list[str]:
-    """Return the names of this process's threads beside the one that calls."""
-    own = threading.get_native_id()
-    return [
-        (task / "comm").read_text(errors="replace").strip()
-        for task in (_PROC / "self" / "task").iterdir()
-        if int(task.name) != own
-    ]
-
-
-def descriptors() -> dict[int, str]:
-    """Return this process's open descriptors beyond 2, and what each leads to."""
-    found: dict[int, str] = {}
-    for link in list((_PROC / "self" / "fd").iterdir()):
-        # The descriptor of the listing itself is gone by now.
-        with suppress(OSError):
-            if int(link.name) > 2:
-                found[int(link.name)] = str(link.readlink())
-    return found
-
-
-def own_interpreter(command: bytes) -> None:
-    """Refuse a command that is no script of this Python, without options.
-
-    Raises
-    ------
-    RefusedError
-    """
-    name = os.fsdecode(command)
-    with Path(name).open("rb") as file:
-        line = file.readline(4096).strip()
-    if not line.startswith(b"#!/"):
-        raise RefusedError(f"{name} is no Python script")
-    if line[2:].split() != [line[2:].strip()]:
-        raise RefusedError(f"{name} starts Python with options")
-    found = os.fsdecode(line[2:].strip())
-    same = [(path.parent.resolve(), path.resolve()) for path in map(Path, (found, sys.executable))]
-    if same[0] != same[1]:
-        raise RefusedError(f"{name} is a script of {found}, not of {sys.executable}")
-
-
-# The child
-
-
-class Generators:
-    """Generators of random numbers that the imports have made, such as NumPy's global one.
-
-    In a new process each draws its seed from the operating system. All children would have the
-    same numbers.
-    """
-
-    def __init__(self) -> None:
-        self._found: list[Any] = []
-        numpy = sys.modules.get("numpy")
-        kinds: tuple[type, ...] = (random.Random,)
-        if numpy is not None:
-            self._bits = numpy.random.BitGenerator
-            kinds += (self._bits, numpy.random.RandomState)
-        for each in gc.get_objects():
-            # isinstance would ask objects that stand for others, which then import those.
-            if issubclass(type(each), kinds) and not issubclass(type(each), random.SystemRandom):
-                self._found.append(each)
-
-    def names(self) -> list[str]:
-        """Return the types of the generators, as a list for the log."""
-        return sorted(type(each).__name__ for each in self._found)
-
-    def seed(self) -> None:
-        """Seed each from the operating system."""
-        for each in self._found:
-            if isinstance(each, random.Random):
-                each.seed()
-            elif isinstance(each, self._bits):
-                each.state = type(each)().state
-            else:
-                each.seed()
-        torch = sys.modules.get("torch")
-        # The default generator of a new process has this fixed seed until somebody sets another;
-        # an import that has set one has drawn it from the operating system.
-        if torch is not None and torch.default_generator.initial_seed() != _TORCH_SEED:
-            torch.default_generator.seed()
-
-
-_TORCH_SEED = 67280421310721
-
-
-@dataclass(frozen=True)
-class Request:
-    """A command to be run: its path and arguments, the environment, descriptors 0-2 and folder."""
-
-    arguments: list[bytes]
-    variables: dict[bytes, bytes]
-    descriptors: list[int]
-
-
-def become(request: Request, generators: Generators) -> None:
-    """Turn this child of the server into a process that was just started."""
-    for target in range(3):
-        os.dup2(request.descriptors[target], target)
-    os.fchdir(request.descriptors[3])
-    for descriptor in request.descriptors:
-        os.close(descriptor)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        _reopen(stream)
-    arguments = [os.fsdecode(each) for each in request.arguments]
-    sys.argv[:] = arguments
-    sys.orig_argv[:] = [sys.executable, *arguments]
-    if not sys.flags.safe_path:
-        sys.path[0] = str(Path(arguments[0]).resolve().parent)
-    importlib.invalidate_caches()
-    tempfile.tempdir = None
-    # Of processes that know each other; shared by all children otherwise.
-    current_process().authkey = os.urandom(32)
-    generators.seed()
-
-
-def _reopen(stream: Any) -> None:
-    """Make a standard stream anew in place: loggers have kept it since they were imported.
-
-    What the descriptor leads to decides whether lines are flushed and whether one can seek in it.
-    """
-    buffer = stream.buffer
-    raw = buffer if isinstance(buffer, io.FileIO) else buffer.raw
-    mode = raw.mode.rstrip("+").replace("b", "")
-    name = raw.name
-    io.FileIO.__init__(raw, raw.fileno(), mode, closefd=False)
-    raw.name = name
-    if buffer is not raw:
-        size = os.fstat(raw.fileno()).st_blksize
-        buffer.__init__(raw, size if size > 1 else io.DEFAULT_BUFFER_SIZE)
-    stream.__init__(
-        buffer,
-        encoding=stream.encoding,
-        errors=stream.errors,
-        newline="\n",
-        line_buffering=stream is sys.stderr or raw.isatty(),
-        write_through=buffer is raw,
-    )
-    stream.mode = mode
-
-
-def run_script(path: str) -> int:
-    """Run a Python script as the main module; return its exit code, negative for a signal."""
-    main = types.ModuleType("__main__")
-    loader = SourceFileLoader("__main__", path)
-    main.__dict__.update(
-        __file__=path, __builtins__=builtins, __cached__=None, __loader__=loader, __annotations__={}
-    )
-    sys.modules["__main__"] = main
-    try:
-        exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), main.__dict__)
-    except SystemExit as end:
-        return _exit_code(end.code)
-    except BaseException as error:
-        # Without the lines of this file.
-        trace = error.__traceback__.tb_next if error.__traceback__ else None
-        sys.excepthook(type(error), error.with_traceback(trace), trace)
-        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    return 0
-
-
-def _exit_code(code: object) -> int:
-    if code is None:
-        return 0
-    if isinstance(code, int):
-        return code & 0xFF
-    sys.stdout.flush()
-    print(code, file=sys.stderr)
-    return 1
-
-
-def leave(code: int) -> NoReturn:
-    """End this process as Python ends one, but leave what the server imported in its place.
-
-    To take thousands of modules apart would copy the server's pages and cost more than a message.
-    """
-    try:
-        threading._shutdown()  # type: ignore[attr-defined]
-    except BaseException:
-        # As Python does at a second signal: it says so, and ends all the same.
-        traceback.print_exc()
-    atexit._run_exitfuncs()
-    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
-    # Of what was made since the fork alone, which is not frozen.
-    files = [each for each in gc.get_objects() if type(each) in kinds]
-    for kind in kinds:
-        for file in files:
-            if type(file) is kind and not file.closed and file.writable():
-                with suppress(OSError, ValueError):
-                    file.flush()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            # As Python says it.
-            code = code or 120
-    ctypes.CDLL(None).fflush(None)
-    if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
-
-
-# The server
 
 
 @dataclass(eq=False)
@@ -712,7 +334,7 @@ class Orders:
     modules: list[str]
 
 
-def prepare(orders: Orders) -> Generators:
+def prepare(orders: Orders) -> Imported:
     """Import all, and see to it that a child can be what a new process is.
 
     Raises
@@ -725,6 +347,7 @@ def prepare(orders: Orders) -> Generators:
     if not sys.flags.safe_path:
         sys.path[0] = str(Path(orders.commands[0]).resolve().parent)
     before = descriptors()
+    settings = os.environ.get("MPLCONFIGDIR")
     for name in orders.modules:
         try:
             importlib.import_module(name)
@@ -734,12 +357,17 @@ def prepare(orders: Orders) -> Generators:
     opened = [path for number, path in descriptors().items() if number not in before]
     if opened:
         raise RefusedError(f"the imports have opened {', '.join(sorted(opened))}")
+    if os.environ.get("MPLCONFIGDIR") != settings:
+        raise RefusedError(
+            "matplotlib has made a folder for its settings, which the first child would delete: "
+            "set MPLCONFIGDIR to a folder that can be written"
+        )
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise RefusedError("the imports have asked for a GPU")
-    generators = Generators()
+    imported = Imported()
     # Where one cannot be seeded, no child is right.
-    generators.seed()
+    imported.seed()
     gc.collect()
     gc.freeze()
     sys.stdout.flush()
@@ -751,7 +379,7 @@ def prepare(orders: Orders) -> Generators:
         os._exit(0)
     os.waitpid(child, 0)
     _alone()
-    return generators
+    return imported
 
 
 def _alone() -> None:
@@ -767,7 +395,7 @@ def main() -> None:
     control = socket.socket(fileno=orders.control)
     control.set_inheritable(False)
     try:
-        generators = prepare(orders)
+        imported = prepare(orders)
     except RefusedError as reason:
         control.sendall(f"{reason}\n".encode(errors="backslashreplace"))
         os._exit(1)
@@ -796,7 +424,7 @@ def main() -> None:
         Path(orders.socket).unlink(missing_ok=True)
         os._exit(0)
     try:
-        become(request, generators)
+        become(request, imported)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import shutil
 import socket
 import subprocess
@@ -27,16 +28,49 @@ from fedmed_flower.errors import shown
 
 HOSPITAL_COMMANDS = ("flwr-clientapp",)
 SERVER_COMMANDS = ("flwr-serverapp",)
-_BOTH = ("torch._dynamo", "fedmed_flower.engines.project")
+
+
+def _files_of(room: str) -> tuple[str, ...]:
+    """Return the modules of a folder of this package by name, without importing any."""
+    folder = Path(__file__).parents[1] / room
+    return tuple(
+        f"fedmed_flower.{room}.{each.name}" for each in pkgutil.iter_modules([str(folder)])
+    )
+
+
+# What either side imports, now or when it first needs it: an optimizer imports torch._dynamo, a
+# connection httpcore. A ServerApp may name its client. An app's own modules are never imported
+# beforehand.
+_BOTH = (
+    "httpcore",
+    "monai.losses",
+    "monai.networks.nets",
+    "monai.transforms",
+    "opacus",
+    "pandas",
+    "safetensors.torch",
+    "sklearn.metrics",
+    "torch._dynamo",
+    "fedmed_flower.data.cohorts",
+    *_files_of("clients"),
+)
 HOSPITAL_MODULES = (
     "flwr.supernode.cli",
     *_BOTH,
-    "fedmed_flower.clients.base",
-    "fedmed_flower.clients.tabular",
-    "fedmed_flower.clients.survival",
-    "fedmed_flower.clients.segmentation",
+    "fedmed_flower.genomics.client",
+    "fedmed_flower.statistics.client",
+    "fedmed_flower.trees.client",
 )
-SERVER_MODULES = ("flwr.superlink.cli", *_BOTH, "fedmed_flower.strategies.base")
+SERVER_MODULES = (
+    "flwr.superlink.cli",
+    *_BOTH,
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    *_files_of("server"),
+    *_files_of("strategies"),
+    *_files_of("runs"),
+    *_files_of("reports"),
+)
 # Without it, pandas' Arrow starts a thread, beside which no process should be forked.
 _ENVIRONMENT = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 _SERVER = """\

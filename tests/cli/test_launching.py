@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 import venv
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +30,17 @@ FORKING = """
 
     launch(Launched("flower-supernode", False, ["flwr-clientapp"], ["json"]), sys.argv[1:], 0.1)
 """
-# Prints what it was given, as one line; starts an app; then does what the first option says.
+# Starts an app if it is to, and prints what both were given, as one line; then may wait.
 FLOWER = """
     import json, os, signal, subprocess, sys, time
 
     given = {"argv": sys.argv, "pid": os.getpid(), "environment": dict(os.environ)}
     for name in ("SIGTERM", "SIGINT"):
         signal.signal(getattr(signal, name), lambda number, frame: sys.exit(40 + number))
-    print(json.dumps(given), flush=True)
     if sys.argv[2:3] == ["--app"]:
-        subprocess.run(["flwr-clientapp", "--token", "x"])
+        app = subprocess.run(["flwr-clientapp", "--token", "x"], stdout=subprocess.PIPE)
+        given["app"] = json.loads(app.stdout)
+    print(json.dumps(given), flush=True)
     if sys.argv[1:2] == ["--wait"]:
         time.sleep(60)
     sys.exit(7)
@@ -63,6 +65,21 @@ def python(tmp_path_factory):
         program.write_text(f"#!{folder}/bin/python\n{textwrap.dedent(code)}")
         program.chmod(0o755)
     return folder / "bin" / "python"
+
+
+class Left:
+    """What a command with a fork server has started, which must go with it."""
+
+    def __init__(self, pid, folder):
+        self.pids = family({pid}, living())
+        self.folder = folder
+
+    def is_gone(self):
+        """Wait until processes and folder are gone."""
+        deadline = time.monotonic() + 60
+        while self.pids & living().keys() or self.folder.exists():
+            assert time.monotonic() < deadline, (self.pids & living().keys(), self.folder.exists())
+            time.sleep(0.05)
 
 
 def environment(**more):
@@ -205,31 +222,22 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="fork servers are Lin
 
 @dataclass
 class Started:
-    """A command with a fork server, its first line, and what belongs to it."""
+    """A command with a fork server, and what it and an app were given."""
 
     process: subprocess.Popen
     given: dict
-    app: dict
 
     @property
     def folder(self):
         """Of the fork server."""
         return Path(self.given["environment"]["FEDMED_FORK_SERVER"]).parent
 
-    def nothing_is_left_of(self, pids):
-        """Wait until processes and the folder are gone."""
-        deadline = time.monotonic() + 60
-        while pids & living().keys() or self.folder.exists():
-            assert time.monotonic() < deadline, (pids & living().keys(), self.folder.exists())
-            time.sleep(0.05)
-
 
 @pytest.fixture
 def started(python):
     command = [python, "-c", textwrap.dedent(FORKING), "--wait", "--app"]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
-        lines = [json.loads(process.stdout.readline()) for _ in range(2)]
-        yield Started(process, *lines)
+        yield Started(process, json.loads(process.stdout.readline()))
         process.kill()
 
 
@@ -238,26 +246,50 @@ def test_an_app_is_a_child_of_the_fork_server(python, started):
     given = started.given
     assert given["pid"] == started.process.pid
     assert given["argv"] == [str(python.with_name("flower-supernode")), "--wait", "--app"]
-    assert started.app["argv"] == [str(python.with_name("flwr-clientapp")), "--token", "x"]
-    assert str(started.folder / "fork-server") in started.app["parent"]
+    assert given["app"]["argv"] == [str(python.with_name("flwr-clientapp")), "--token", "x"]
+    assert str(started.folder / "fork-server") in given["app"]["parent"]
 
 
 @linux
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_when_the_command_has_ended_or_was_killed(started, number):
-    pids = family({started.process.pid}, living())
+    left = Left(started.process.pid, started.folder)
     # The command, the keeper and the fork server.
-    assert len(pids) == 3
+    assert len(left.pids) == 3
     started.process.send_signal(number)
     code = started.process.wait(30)
     assert code == (40 + signal.SIGTERM if number == signal.SIGTERM else -signal.SIGKILL)
-    started.nothing_is_left_of(pids)
+    left.is_gone()
 
 
 @linux
 def test_all_are_asked_to_end_at_once_as_service_managers_do(started):
-    pids = family({started.process.pid}, living())
-    for pid in pids:
-        os.kill(pid, signal.SIGTERM)
+    left = Left(started.process.pid, started.folder)
+    for pid in left.pids:
+        # The others may have ended with the first.
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
     assert started.process.wait(30) == 40 + signal.SIGTERM
-    started.nothing_is_left_of(pids)
+    left.is_gone()
+
+
+@linux
+@pytest.mark.slow
+def test_ctrl_c_while_the_fork_server_imports_leaves_nothing(python, tmp_path):
+    (tmp_path / "slow_to_import.py").write_text(
+        f"import time, pathlib; pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(600)"
+    )
+    code = textwrap.dedent(FORKING).replace("json", "slow_to_import")
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{environment()['PYTHONPATH']}"}
+    where = {"TMPDIR": str(tmp_path)} | paths
+    with subprocess.Popen([python, "-c", code], env=environment(**where)) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (folder,) = tmp_path.glob("fedmed-fork-*")
+        left = Left(process.pid, folder)
+        assert len(left.pids) == 3
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) != 0
+        left.is_gone()
