@@ -91,7 +91,10 @@ def environment(**more):
 
 def fedmed(python, *arguments, **more):
     """Run the command and return the finished process, and what Flower's was given."""
-    command = [python, "-c", MAIN, *arguments]
+    name, *options = arguments
+    if name == "node":
+        options = ["--no-check", *options]
+    command = [python, "-c", MAIN, name, *options]
     done = subprocess.run(command, env=environment(**more), capture_output=True, text=True)
     given = json.loads(done.stdout) if done.stdout.startswith("{") else None
     return done, given
@@ -140,7 +143,7 @@ def test_what_the_environment_sets_stays(python):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_command_is_flowers(python, number):
-    command = [python, "-c", MAIN, "node", "--no-fork-server", "--", "--wait"]
+    command = [python, "-c", MAIN, "node", "--no-check", "--no-fork-server", "--", "--wait"]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         given = json.loads(process.stdout.readline())
         assert given["pid"] == process.pid
@@ -293,3 +296,64 @@ def test_ctrl_c_while_the_fork_server_imports_leaves_nothing(python, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(30) != 0
         left.is_gone()
+
+
+def test_a_node_that_cannot_work_is_not_started(python, tmp_path):
+    command = [python, "-c", MAIN, "node", "--no-fork-server", "--insecure"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "site-name is not in the node config" in done.stdout
+    assert "the node was not started, see the table: name, certificate" in done.stdout
+    assert "argv" not in done.stdout
+
+
+def test_a_node_that_can_work_says_so_and_starts(python, tmp_path):
+    config = f'site-name="north" data-dir="{tmp_path}" FLWR="x"'
+    command = [python, "-c", MAIN, "node", "--no-fork-server", "--node-config", config]
+    command += ["--superlink", "127.0.0.1:1"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 7, done.stdout
+    assert "Before the node starts" in done.stdout
+    assert "does not answer" in done.stdout
+    assert '"argv"' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--isolation=process", "--approvals excludes --isolation process"),
+        (
+            "--allow-runtime-dependency-installation",
+            "--approvals excludes --allow-runtime-dependency-installation",
+        ),
+    ],
+)
+def test_no_option_lets_apps_start_past_the_list(python, tmp_path, option, text):
+    listed = ("--approvals", str(tmp_path / "list"))
+    done, given = fedmed(python, "node", *listed, option)
+    assert done.returncode == 2
+    assert given is None
+    assert text in done.stdout
+
+
+def test_with_a_list_flower_finds_the_guarded_commands_first(python, tmp_path):
+    listed = ("--approvals", str(tmp_path / "list"))
+    _, given = fedmed(python, "node", "--no-fork-server", *listed)
+    set_ = given["environment"]
+    guarded = tmp_path / "list" / "commands"
+    assert set_["FEDMED_APPROVALS"] == str(tmp_path / "list")
+    assert set_["PATH"].split(os.pathsep)[:2] == [str(guarded), str(python.parent)]
+    assert {"flwr-clientapp", "flwr-agentapp", "flwr-serverapp"} <= {
+        each.name for each in guarded.iterdir()
+    }
+    agent = subprocess.run([guarded / "flwr-agentapp"], capture_output=True, text=True)
+    assert agent.returncode == 1
+    assert "only approved ClientApps run at this hospital" in agent.stderr
+
+
+def test_a_list_that_cannot_be_read_is_said_before_the_start(python, tmp_path):
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "approved.toml").write_text("[")
+    done, given = fedmed(python, "node", "--approvals", str(tmp_path / "list"))
+    assert (done.returncode, given) == (2, None)
+    assert "cannot be read (not valid TOML" in done.stdout
