@@ -32,7 +32,7 @@ HOST = "127.0.0.1"
 CONNECTION = "consortium"
 NAMES = ("north", "south", "east", "west")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
-READY_SECONDS, STOP_SECONDS = 90, 8
+READY_SECONDS, STOP_SECONDS = 180, 8
 SETTINGS = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -60,6 +60,16 @@ def start(
     node_config: Annotated[
         str, typer.Option(help="More of every node config; {site} stands for the hospital's name.")
     ] = "",
+    approvals: Annotated[
+        Path | None,
+        typer.Option(help="A folder with each hospital's list of approved apps, by its name."),
+    ] = None,
+    no_fork_server: Annotated[
+        bool, typer.Option("--no-fork-server", help="Start each app process with all imports.")
+    ] = False,
+    no_launchers: Annotated[
+        bool, typer.Option("--no-launchers", help="Start Flower's commands without `fedmed`.")
+    ] = False,
 ) -> None:
     """Make the keys, start everything and wait until all hospitals are online."""
     directory = directory.expanduser().resolve()
@@ -85,15 +95,19 @@ def start(
     own = environment(directory)
     exported = {key: own[key] for key in (*SETTINGS, "no_proxy", "NO_PROXY")}
     print("$ export " + " ".join(f"{key}={shlex.quote(value)}" for key, value in exported.items()))
+    ours = ["--no-fork-server"] if no_fork_server else []
+    link = ["flower-superlink"] if no_launchers else ["fedmed", "link", *ours]
+    node = ["flower-supernode"] if no_launchers else ["fedmed", "node", *ours]
     try:
-        launch(directory, "superlink", port, superlink_command(directory, port))
+        launch(directory, "superlink", port, [*link, *superlink_options(directory, port)])
         wait_until(directory, lambda: is_listening(port), f"the SuperLink listens on port {port}")
         nodes = {name: register(directory, name) for name in names}
         for name, site_port in zip(names, site_ports, strict=True):
-            command = supernode_command(
+            options = supernode_options(
                 directory, name, data_root / name, port, site_port, node_config
             )
-            launch(directory, name, site_port, command, nodes[name])
+            listed = ["--approvals", str(approvals / name)] if approvals else []
+            launch(directory, name, site_port, [*node, *listed, *options], nodes[name])
         wait_until(
             directory,
             lambda: set(site_states(directory).values()) == {"online"},
@@ -216,23 +230,26 @@ def print_errors(directory: Path) -> None:
             print(f"{name}: {shown(errors[-1].strip(), 300)}\n  all of it: {log}")
 
 
-def superlink_command(directory: Path, port: int) -> list[str]:
-    """Return the server's command."""
+def superlink_options(directory: Path, port: int) -> list[str]:
+    """Return the options of the server's command."""
     own = directory / "server"
     return [
-        *("flower-superlink", "--host", HOST, "--port", str(port), "--enable-supernode-auth"),
+        *("--host", HOST, "--port", str(port), "--enable-supernode-auth"),
         *("--ssl-ca-certfile", str(own / "ca.crt")),
         *("--ssl-certfile", str(own / "server.crt"), "--ssl-keyfile", str(own / "server.key")),
     ]
 
 
-def supernode_command(
+def supernode_options(
     directory: Path, name: str, data: Path, port: int, own: int, more: str = ""
 ) -> list[str]:
-    """Return one hospital's command; `own` is the port between the SuperNode and its ClientApp."""
+    """Return the options of one hospital's command.
+
+    `own` is the port between the SuperNode and its ClientApp.
+    """
     config = f'site-name="{name}" data-dir="{data}" {more.replace("{site}", name)}'
     return [
-        *("flower-supernode", "--superlink", f"{HOST}:{port}", "--host", HOST, "--port", str(own)),
+        *("--superlink", f"{HOST}:{port}", "--host", HOST, "--port", str(own)),
         *("--root-certificates", str(directory / "server" / "ca.crt")),
         *("--auth-supernode-private-key", str(directory / "sites" / name / "key")),
         *("--node-config", config.strip()),

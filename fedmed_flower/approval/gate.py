@@ -21,11 +21,13 @@ from typing import Any
 
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 
 from fedmed_flower.approval.approvals import Approvals, Refusal
 from fedmed_flower.approval.bundle import Bundle, read_bundle, unlike
 from fedmed_flower.data.site import Site
 from fedmed_flower.errors import InputError
+from fedmed_flower.files import replacing
 from fedmed_flower.wire import DECLINED, error_reason
 
 log = logging.getLogger("flwr.fedmed")
@@ -40,6 +42,18 @@ _REPLACED = (
     "get_project_dir",
     "get_load_client_app_fn",
 )
+
+_COMMANDS = "commands"
+_GUARDED = """\
+from fedmed_flower.approval.gate import main
+
+main()
+"""
+_REFUSED = """\
+import sys
+
+sys.exit(f"{sys.argv[0]}: only approved ClientApps run at this hospital")
+"""
 
 
 class _Gate:
@@ -162,6 +176,39 @@ def guard(folder: Path) -> None:
     gate = _Gate(folder, {name: getattr(module, name) for name in _REPLACED})
     for name in _REPLACED:
         setattr(module, name, getattr(gate, name))
+
+
+def write_commands(folder: Path) -> Path:
+    """Write the commands that stand before Flower's own on ``PATH``, and return their folder.
+
+    That for ClientApps is guarded; those for all other kinds of tasks say that they do not run.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the hospital's list.
+
+    Raises
+    ------
+    InputError
+        If they cannot be written.
+    """
+    place = folder / _COMMANDS
+    first = f"#!{sys.executable}\n"
+    texts = dict.fromkeys(TASK_TYPE_TO_COMMAND.values(), first + _REFUSED)
+    texts[TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]] = first + _GUARDED
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            path = place / name
+            with replacing(path) as temporary:
+                temporary.write_text(text)
+                temporary.chmod(0o700)
+            if not os.access(path, os.X_OK):
+                raise InputError(f"no program can be run in {place}: give the list another folder")
+    except OSError as error:
+        raise InputError(f"{place} cannot be written: {error.strerror}") from None
+    return place
 
 
 def main() -> None:

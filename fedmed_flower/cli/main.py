@@ -13,8 +13,10 @@ from fedmed_flower.cli.audit import audit
 from fedmed_flower.cli.data import data_app
 from fedmed_flower.cli.evaluate import evaluate
 from fedmed_flower.cli.keys import keys_app
+from fedmed_flower.cli.link import link
 from fedmed_flower.cli.listing import list_all
 from fedmed_flower.cli.new import new
+from fedmed_flower.cli.node import node
 from fedmed_flower.cli.pages import card, compare
 from fedmed_flower.cli.predict import export, predict
 from fedmed_flower.cli.run import demo, run
@@ -47,6 +49,9 @@ app.command("list")(list_all)
 app.command()(watch)
 app.command()(audit)
 app.command()(sign)
+# Flower's options pass through untouched.
+app.command(context_settings={"ignore_unknown_options": True})(node)
+app.command(context_settings={"ignore_unknown_options": True})(link)
 
 
 @app.command()

@@ -72,9 +72,7 @@ class _Node:
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
-def findings(
-    options: Sequence[str], approvals: Path | None, keys: Sequence[str] = ()
-) -> list[Finding]:
+def findings(options: Sequence[str], approvals: Path | None) -> list[Finding]:
     """Return what is found of a node before it starts.
 
     Nothing is changed, and no row of a patient is read.
@@ -85,11 +83,9 @@ def findings(
         Options of ``flower-supernode``.
     approvals : Path, optional
         Folder of the hospital's list of approved apps.
-    keys : sequence of str
-        Keys of the node config that an app adds.
     """
     try:
-        node = _node_of(options, approvals, keys)
+        node = _node_of(options, approvals)
     except InputError as error:
         return [Finding("node config", str(error), WRONG)]
     found: list[Finding] = []
@@ -111,11 +107,11 @@ def print_findings(console: Console, found: Sequence[Finding]) -> None:
     console.print(table)
 
 
-def _node_of(options: Sequence[str], approvals: Path | None, keys: Sequence[str]) -> _Node:
+def _node_of(options: Sequence[str], approvals: Path | None) -> _Node:
     import click
     from flwr.common.config import parse_config_args
 
-    from fedmed_flower.settings.node import NodeSettings
+    from fedmed_flower.settings.node import NODE_KEYS, NodeSettings
 
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--superlink", default=_LINK)
@@ -135,7 +131,7 @@ def _node_of(options: Sequence[str], approvals: Path | None, keys: Sequence[str]
         given.insecure,
         approvals,
         config,
-        NodeSettings.of(config, keys),
+        NodeSettings.of(config, [key for key in config if key not in NODE_KEYS]),
     )
 
 
@@ -145,6 +141,16 @@ def _name(node: _Node) -> Iterator[Finding]:
     if not node.settings.site_name:
         raise InputError("site-name is not in the node config: the hospital has no name")
     yield Finding("name", Site(node.settings.site_name).name)
+
+
+def _keys(node: _Node) -> Iterator[Finding]:
+    from fedmed_flower.settings.node import NODE_KEYS
+    from fedmed_flower.settings.text import unknown_key
+
+    for key in node.config:
+        if key not in NODE_KEYS:
+            told = unknown_key("the node config has an unknown key", key, NODE_KEYS)
+            yield Finding("node config", f"{told}; only an app that adds it can use it", LOOK)
 
 
 def _data(node: _Node) -> Iterator[Finding]:
@@ -359,6 +365,7 @@ def _nearest(folder: Path) -> Path:
 # In the order of the table.
 _NAMES: dict[Callable[[_Node], Iterator[Finding]], str] = {
     _name: "name",
+    _keys: "node config",
     _data: "data",
     _code: "apps",
     _budget: "ledger",

@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedmed_flower.server.arrivals import pause_after
 from fedmed_flower.server.listener import NOBODY, Listener
 from fedmed_flower.server.screening import error_text, metrics_excess
 from fedmed_flower.server.sites import learn_name
@@ -25,9 +26,6 @@ T = TypeVar("T")
 Enough = Callable[[Collection[int]], bool]
 # Most replies pulled at a time: each may hold a model.
 _TOGETHER = 20
-# Seconds between two looks for replies: at first, and at most.
-_FIRST_PAUSE = 0.1
-_LONGEST_PAUSE = 1.0
 # Exceptions that reading a malformed answer may raise.
 MALFORMED = (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)
 # Bytes of the replies pulled at a time, if each is as large as the largest message.
@@ -123,10 +121,8 @@ class Exchange:
             yield from self._pull_in_process(list(waiting))
             return
         deadline = began + self.timeout
-        pause = _FIRST_PAUSE
         grace_began = False
         while waiting:
-            before = len(waiting)
             keys = iter(list(waiting))
             while ids := list(islice(keys, self._together)):
                 for reply in self.grid.pull_messages(ids):
@@ -140,10 +136,8 @@ class Exchange:
             if now >= deadline:
                 return
             if waiting:
-                none_came = len(waiting) == before
-                pause = min(2 * pause, _LONGEST_PAUSE) if none_came else _FIRST_PAUSE
                 # The last look is at the deadline.
-                time.sleep(min(pause, deadline - now))
+                time.sleep(min(pause_after(now - began), deadline - now))
 
     def _suffice(self) -> bool:
         """Return whether enough sites have replied to wait only `grace` seconds more."""

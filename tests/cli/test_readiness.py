@@ -32,9 +32,9 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-def of(what, options, **arguments):
+def of(what, options):
     """Return what is found of one thing."""
-    found = findings(options, arguments.pop("approvals", None), **arguments)
+    found = findings(options, None)
     return [(each.state, each.text) for each in found if each.what == what]
 
 
@@ -126,7 +126,6 @@ def test_a_node_without_anything_is_told_of_each_thing():
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ('site-nam="north"', "the node config has an unknown key"),
         ("budget-epsilon=8.0", "needs budget-delta beside it"),
         ("min-cell-count=0", "min-cell-count must be at least 1"),
         ("site-name=north", "the node's options cannot be read"),
@@ -138,10 +137,13 @@ def test_a_node_config_that_means_nothing_is_wrong(config, text):
     assert text in said
 
 
-def test_keys_of_an_app_are_known():
-    options = ["--node-config", 'site-name="north" scanner="a"']
-    assert of("node config", options) != []
-    assert of("node config", options, keys=["scanner"]) == []
+def test_a_key_that_only_an_app_can_know_is_named():
+    options = ["--node-config", 'site-name="north" data-di="/data" scanner="a"']
+    found = of("node config", options)
+    assert [state for state, _ in found] == [LOOK, LOOK]
+    assert "the node config has an unknown key 'data-di'" in found[0][1]
+    assert "data-dir" in found[0][1]
+    assert found[1][1].endswith("; only an app that adds it can use it")
 
 
 def test_data_that_are_not_there(tmp_path):

@@ -1,5 +1,7 @@
 """Replies one by one: of a grid that is polled, and of one that orders them itself."""
 
+import math
+
 import pytest
 from builders import FakeGrid, arrays, message, reply, run, site_app
 from flwr.app import Context, RecordDict
@@ -80,9 +82,19 @@ def test_the_next_reply_is_the_one_that_comes_first(clock):
     polled = Polled(grid)
     nodes = [polled.next_reply(ids, 200.0).metadata.src_node_id for _ in ids]
     assert nodes == [2, 1]
-    assert 107.0 <= clock.now < 108.1
-    # Pauses grow from a tenth of a second to a second.
-    assert clock.slept[:5] == [0.1, 0.2, 0.4, 0.8, 1.0]
+    assert 107.0 <= clock.now < 107.15
+
+
+@pytest.mark.parametrize("seconds", [0.31, 4.0, 30.0, 300.0])
+def test_a_reply_is_found_late_by_a_fiftieth_of_its_time_at_most(clock, seconds):
+    grid = SlowGrid({1: seconds}, clock)
+    grid.reply_to = lambda sent: reply(sent.metadata.dst_node_id, to=sent)
+    began = clock.now
+    Polled(grid).next_reply(pushed(grid, 1), 1000.0)
+    late = clock.now - began - seconds
+    assert 0 <= late <= max(0.1, min(0.02 * seconds, 1)) + 1e-9
+    # Ten looks a second in the first five, fewer and fewer later, one a second in the end.
+    assert len(clock.slept) <= 52 + 50 * math.log(10) + max(0, seconds - 50)
 
 
 def test_nothing_comes_until_the_end_and_the_last_look_is_then(clock):

@@ -148,6 +148,15 @@ def test_sites_are_waited_for_until_the_timeout(monkeypatch):
     assert grid.now == pytest.approx(5)
 
 
+def test_an_answer_is_found_late_by_a_fiftieth_of_its_time_at_most(monkeypatch):
+    grid = Slow([4, 30], monkeypatch)
+    messages = [Message(RecordDict(), node_id, "train") for node_id in grid.nodes]
+    found = [(sent.metadata.dst_node_id, grid.now) for sent, _ in Exchange(grid, messages, 60)]
+    assert [node_id for node_id, _ in found] == [4, 30]
+    assert 4 <= found[0][1] < 4.11
+    assert 30 <= found[1][1] < 30.61
+
+
 def test_after_enough_answers_the_others_have_the_grace(monkeypatch):
     grid = Slow([1, 2, 3, 4], monkeypatch)
     asked = question(grid, minimum=2, grace=1.5)

@@ -48,10 +48,10 @@ def test_folders_that_cannot_be_hospitals_are_refused(deploy, tmp_path):
 def test_more_of_the_node_config_names_each_hospital(deploy, tmp_path):
     given = [tmp_path, "graz", Path("/data/graz"), 9092, 9094]
     config = 'site-name="graz" data-dir="/data/graz"'
-    assert deploy.supernode_command(*given)[-1] == config
+    assert deploy.supernode_options(*given)[-1] == config
     more = 'secure-key="/keys/{site}.key" budget-epsilon=8.0'
     expected = f'{config} secure-key="/keys/graz.key" budget-epsilon=8.0'
-    assert deploy.supernode_command(*given, more)[-1] == expected
+    assert deploy.supernode_options(*given, more)[-1] == expected
 
 
 def test_the_last_error_of_each_hospital_is_printed(deploy, tmp_path, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from deployment_helper import ECHO_CLIENT, SCRIPT, Deployment, deployment, write_app
 
+from fedmed_flower.engines.processes import family, living
 from fedmed_flower.privacy.accounting import epsilon_of
 from fedmed_flower.privacy.ledger import Ledger
 
@@ -96,6 +97,11 @@ def test_an_app_runs_on_all_hospitals(running: Deployment, toy_app: Path) -> Non
     assert "ROUND 1 east north south" in done.stdout
     assert "ROUND 2 east north south" in done.stdout
     assert "MODEL [0.0, 1.0, 2.0]" in done.stdout
+    for name in running.processes:
+        log = running.log(name)
+        assert re.search(r"^fork server: \d+ modules", log, re.MULTILINE), log
+        # Neither the fork server nor the process that asks it has found a reason not to.
+        assert "new process" not in log, log
 
 
 def test_a_failing_app_gives_a_failing_exit_code(running: Deployment, toy_app: Path) -> None:
@@ -159,6 +165,8 @@ def test_stop_in_mid_training_leaves_no_process_and_no_taken_port(
         while sum("flwr-clientapp" in line for line in processes_naming(*names)) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.5)
+        # The fork servers and those who keep them, too, which name no folder of the deployment.
+        every = family({entry["pid"] for entry in processes.values()}, living())
         running.kill("north")
         assert running.command("status").returncode == 1
         stopped = running.command("stop")
@@ -166,12 +174,27 @@ def test_stop_in_mid_training_leaves_no_process_and_no_taken_port(
         assert run.wait(60) == 1
     # What was running for the killed hospital ends by itself when its SuperNode is gone.
     deadline = time.monotonic() + 60
-    while left := processes_naming(*names):
+    while left := [*processes_naming(*names), *(every & living().keys())]:
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
     assert all(can_bind(entry["port"]) for entry in processes.values())
     assert "Nothing is running" in running.command("stop").stdout
     assert (running.directory / "sites" / "north" / "key").exists()
+
+
+@pytest.mark.parametrize("option", ["--no-fork-server", "--no-launchers"])
+def test_an_app_runs_without_fork_servers_and_by_flowers_own_commands(
+    tmp_path: Path, option: str
+) -> None:
+    server = MORTAL_SERVER.replace("min_available_nodes=3", "min_available_nodes=1")
+    app = write_app(tmp_path / "app", server)
+    with deployment(tmp_path / "files", "--sites", "1", option) as started:
+        command, _ = started.started("north")
+        done = started.command("run", str(app))
+        assert "fork server" not in started.log("north")
+    assert Path(command[1]).name == "flower-supernode"
+    assert done.returncode == 0, done.stdout
+    assert "MODEL [0.0, 1.0, 2.0]" in done.stdout
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
