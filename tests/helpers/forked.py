@@ -31,10 +31,10 @@ class Commands:
         (folder / "bin").mkdir()
         (folder / "lib").mkdir()
         paths = [str(folder / "lib"), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        given = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
+        given = {name: text for name, text in _given().items() if not name.startswith("PYTHON")}
         self.environment = {
             **given,
-            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "PATH": f"{folder / 'bin'}{os.pathsep}{given['PATH']}",
             "PYTHONPATH": os.pathsep.join(paths),
             **variables,
         }
@@ -58,6 +58,15 @@ class Commands:
         """Serve a command; yield the environment in which it is served."""
         with fork_server((command,), modules, self.environment, self.log.append) as environment:
             yield environment
+
+
+def _given():
+    """Return this process's environment without what its own imports have set."""
+    initial = Path("/proc/self/environ")
+    if not initial.exists():
+        return dict(os.environ)
+    pairs = [text.split("=", 1) for text in initial.read_text().split("\0") if "=" in text]
+    return dict(pairs)
 
 
 def run(environment, *arguments, command="probe", **options):
