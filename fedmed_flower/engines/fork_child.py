@@ -12,7 +12,6 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 import types
@@ -95,11 +94,9 @@ def become(request: Request, imported: Imported) -> None:
     if not sys.flags.safe_path:
         sys.path[0] = str(Path(arguments[0]).resolve().parent)
     for name in FREE:
-        os.environb.pop(name, None)
         if name in request.variables:
             os.environb[name] = request.variables[name]
     importlib.invalidate_caches()
-    tempfile.tempdir = None
     # Of processes that know each other; shared by all children otherwise.
     current_process().authkey = os.urandom(32)
     imported.seed()

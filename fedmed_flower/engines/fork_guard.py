@@ -181,7 +181,8 @@ def _stamps(paths: Iterable[str]) -> Iterator[tuple[str, Stamp]]:
 
 def _stamp(path: str) -> Stamp | None:
     try:
-        status = Path(path).stat()
+        # Path would take three times as long, for thousands of files at each request.
+        status = os.stat(path)  # noqa: PTH116
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size, status.st_ino

@@ -135,6 +135,7 @@ class Server:
         self._asking: list[_Asking] = []
         self._running: list[_Running] = []
         self._open = True
+        self._ending = False
         self._selector = selectors.DefaultSelector()
         self._stop, self._stopped = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # What the imports have set is what a child has.
@@ -145,7 +146,7 @@ class Server:
         listener.setblocking(False)
         self._watch(listener, self._accept)
         self._watch(control, self._close)
-        self._watch(self._stop, self._kill)
+        self._watch(self._stop, self._end)
 
     def serve(self) -> Request | None:
         """Serve until the launcher is gone and no child is left.
@@ -308,13 +309,15 @@ class Server:
         for asking in list(self._asking):
             self._drop(asking)
 
-    def _kill(self) -> None:
-        """End at once, with all children."""
+    def _end(self) -> None:
+        """Ask all children to end; kill them if this is not the first time."""
         with suppress(BlockingIOError):
             os.read(self._stop, 64)
         self._close()
+        number = signal.SIGKILL if self._ending else signal.SIGTERM
+        self._ending = True
         for running in self._running:
-            signal.pidfd_send_signal(running.descriptor, signal.SIGKILL)
+            signal.pidfd_send_signal(running.descriptor, number)
 
 
 def say(text: str) -> None:

@@ -176,20 +176,20 @@ def _start(
             # A signal from a terminal is for the commands, which pass it on.
             start_new_session=True,
         )
-    stopping = threading.Event()
-    reader = threading.Thread(target=_follow, args=(process, stopping, log), daemon=True)
+    serving = threading.Event()
+    reader = threading.Thread(target=_follow, args=(process, serving, log), daemon=True)
     reader.start()
-    stack.callback(_stop, process, control, stopping, reader)
+    stack.callback(_stop, process, control, serving, reader)
     control.settimeout(_IMPORTS)
     try:
-        answer = control.makefile(encoding="utf-8", errors="replace").readline()
+        with control.makefile(encoding="utf-8", errors="replace") as answers:
+            answer = answers.readline()
     except TimeoutError as error:
-        stopping.set()
         process.kill()
         raise _OffError(f"the imports took more than {_IMPORTS:g} s") from error
     if answer != "\n":
-        stopping.set()
         raise _OffError(answer.strip() or "it ended while it started")
+    serving.set()
     return served
 
 
@@ -218,23 +218,23 @@ def _write_shims(folder: Path, commands: Collection[str]) -> Path:
 
 
 def _follow(
-    process: subprocess.Popen[str], stopping: threading.Event, log: Callable[[str], None]
+    process: subprocess.Popen[str], serving: threading.Event, log: Callable[[str], None]
 ) -> None:
     """Hand on the server's lines, and say so if it ends before it should."""
     for line in process.stdout or ():
         log(shown(line.rstrip()))
     code = process.wait()
-    if not stopping.is_set():
+    if serving.is_set():
         log(f"the fork server has ended ({code}): from now on each command is a new process")
 
 
 def _stop(
     process: subprocess.Popen[str],
     control: socket.socket,
-    stopping: threading.Event,
+    serving: threading.Event,
     reader: threading.Thread,
 ) -> None:
-    stopping.set()
+    serving.clear()
     control.close()
     for request in (process.terminate, process.kill):
         try:

@@ -1,22 +1,18 @@
 import json
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
+from forked import Commands, end_of, run, server_of
 
-from fedmed_flower.engines.fork_client import LENGTHS, SOCKET, peer
-from fedmed_flower.engines.forking import fork_server
+from fedmed_flower.engines.fork_client import LENGTHS, SOCKET
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs on Linux alone")
-HELPERS = Path(__file__).parents[1] / "helpers"
 # What the server imports in these tests: it leaves what imports may leave.
 PRELOADED = """
     import logging, random, sys, warnings, multiprocessing, tempfile, json, uuid
@@ -28,67 +24,6 @@ PRELOADED = """
     logging.basicConfig(stream=sys.stdout)
     warnings.filterwarnings("ignore", "of preloaded")
 """
-
-
-class Commands:
-    """A folder with commands, and an environment in which they are found."""
-
-    def __init__(self, folder: Path, **variables: str) -> None:
-        self.folder = folder
-        (folder / "bin").mkdir()
-        (folder / "lib").mkdir()
-        self.write("preloaded", PRELOADED)
-        path = os.pathsep.join(
-            [str(folder / "lib"), str(HELPERS), os.environ.get("PYTHONPATH", "")]
-        )
-        given = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
-        self.environment = {
-            **given,
-            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": path,
-            **variables,
-        }
-        self.log: list[str] = []
-        # A command with its folder is not looked for on PATH, where the shims are.
-        self.real = folder / "bin" / "probe"
-
-    def write(self, name: str, text: str) -> Path:
-        path = self.folder / "lib" / f"{name}.py"
-        path.write_text(dedent(text))
-        return path
-
-    def command(self, text: str, name: str = "probe") -> None:
-        path = self.folder / "bin" / name
-        path.write_text(f"#!{sys.executable}\n{dedent(text)}")
-        path.chmod(0o755)
-
-    @contextmanager
-    def served(self, *modules: str, command: str = "probe"):
-        with fork_server((command,), modules, self.environment, self.log.append) as environment:
-            yield environment
-
-
-def run(environment, *arguments, command="probe", **options):
-    options = {"capture_output": True, "text": True, "timeout": 60, **options}
-    return subprocess.run([str(command), *arguments], env=environment, **options)
-
-
-def server_of(environment):
-    """Return the number of the server's process."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(environment[SOCKET])
-        return peer(connection)[0]
-
-
-@contextmanager
-def end_of(pid):
-    """Wait, at the end of the block, until a process has ended."""
-    descriptor = os.pidfd_open(pid)
-    try:
-        yield
-        assert select.select([descriptor], [], [], 30)[0], f"{pid} still runs"
-    finally:
-        os.close(descriptor)
 
 
 @pytest.fixture
@@ -123,6 +58,7 @@ def is_served(done, environment):
 )
 def test_a_child_finds_what_a_new_process_finds(tmp_path, variables):
     commands = Commands(tmp_path, **variables)
+    commands.write("preloaded", PRELOADED)
     commands.command("import preloaded, probe\nif __name__ == '__main__': probe.main()")
     arguments = ("--x", "", "\udcff", "a b")
     where = tmp_path / "where"
@@ -304,6 +240,7 @@ def test_a_variable_that_differs_makes_a_new_process(echo):
         assert is_served(run(environment, "x"), environment)
         for other, name in (
             ({**environment, "OMP_NUM_THREADS": "7 of a kind"}, "OMP_NUM_THREADS"),
+            ({**environment, "TMPDIR": str(echo.folder)}, "TMPDIR"),
             ({n: t for n, t in environment.items() if n != "JE_ARROW_MALLOC_CONF"}, "JE_ARROW"),
         ):
             done = run(other, "x")
