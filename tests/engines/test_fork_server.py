@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -227,9 +228,11 @@ def test_a_command_ends_with_its_server(commands):
             _, said = started.communicate(timeout=60)
         assert started.returncode == 1
         assert said == "probe: the fork server ended while the command ran\n"
-    assert commands.log[-1] == (
-        "the fork server has ended (-9): from now on each command is a new process"
-    )
+        ended = "the fork server has ended (-9): from now on each command is a new process"
+        deadline = time.monotonic() + 60
+        while commands.log[-1] != ended and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert commands.log[-1] == ended
 
 
 # When a new process is started in its place
@@ -450,7 +453,8 @@ def test_a_hundred_commands_leave_nothing_behind(commands):
             started = [subprocess.Popen(["probe"], env=environment) for _ in range(10)]
             assert [each.wait(60) for each in started] == [0] * 10
         after = kept()
-    assert after[:2] == before[:2]
+    # The connection by which the test asked for the number may still be open before.
+    assert after[0] <= before[0]
     assert after[1] == ""
     # KiB; a request alone has several.
     assert after[2] < before[2] + 500
