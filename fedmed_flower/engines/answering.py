@@ -8,10 +8,21 @@ import traceback
 from logging import DEBUG
 from typing import Any, NamedTuple
 
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from flwr.clientapp.client_app import ClientAppException
 from flwr.common.constant import ErrorCode
+
+from fedmed_flower.arrays.views import records_of
 
 log = logging.getLogger("flwr.fedmed")
 
@@ -68,7 +79,10 @@ def answer(app: ClientApp, message: Message, context: Context) -> tuple[Message 
 
 def _require_64_bits(content: RecordDict) -> None:
     """Raise `ValueError` if a record holds an integer that Flower's wire format cannot."""
-    records: list[Any] = [*content.metric_records.values(), *content.config_records.values()]
+    records: list[Any] = [
+        *records_of(content, MetricRecord).values(),
+        *records_of(content, ConfigRecord).values(),
+    ]
     for key, value in (entry for record in records for entry in record.items()):
         for number in value if isinstance(value, list) else (value,):
             if isinstance(number, int) and not _LEAST <= number <= _MOST:

@@ -54,9 +54,12 @@ _BOTH = (
     "fedmed_flower.data.cohorts",
     *_files_of("clients"),
 )
+_HOSPITAL_ROOMS = ("data", "images", "methods", "metrics", "models", "privacy", "secure")
 HOSPITAL_MODULES = (
     "flwr.supernode.cli",
     *_BOTH,
+    "fedmed_flower.approval.gate",
+    *(module for room in _HOSPITAL_ROOMS for module in _files_of(room)),
     "fedmed_flower.genomics.client",
     "fedmed_flower.statistics.client",
     "fedmed_flower.trees.client",
