@@ -32,7 +32,7 @@ HOST = "127.0.0.1"
 CONNECTION = "consortium"
 NAMES = ("north", "south", "east", "west")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
-READY_SECONDS, STOP_SECONDS = 180, 8
+READY_SECONDS, STOP_SECONDS = 180, 30
 SETTINGS = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
