@@ -32,7 +32,7 @@ HOST = "127.0.0.1"
 CONNECTION = "consortium"
 NAMES = ("north", "south", "east", "west")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
-READY_SECONDS, STOP_SECONDS = 180, 30
+READY_SECONDS, STOP_SECONDS = 180, 8
 SETTINGS = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -181,9 +181,11 @@ def stop(directory: Folder = Path("deployment")) -> None:
         print(f"Nothing is running in {directory}.")
         return
     alive = asked = live_processes(directory)
-    for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 1)):
-        forced = len(alive)
-        for pid in alive:
+    for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 2 * STOP_SECONDS)):
+        # Who keeps a fork server ends after the others, and leaves no folder.
+        targets = alive - keepers() if number == signal.SIGKILL else alive
+        forced = len(targets)
+        for pid in targets:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
         deadline = time.monotonic() + seconds
@@ -371,6 +373,11 @@ def live_processes(directory: Path, known: Set[int] = frozenset()) -> set[int]:
     # A process that has ended may have left children.
     ours = {pid for pid in recorded if pid not in table or str(directory) in table[pid].command}
     return family(ours | known, table)
+
+
+def keepers() -> set[int]:
+    """Return the numbers of the processes that keep the fork server of another one."""
+    return {n for n, each in living().items() if re.search(r"/fedmed (link|node) ", each.command)}
 
 
 if __name__ == "__main__":

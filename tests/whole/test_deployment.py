@@ -167,6 +167,8 @@ def test_stop_in_mid_training_leaves_no_process_and_no_taken_port(
             time.sleep(0.5)
         # The fork servers and those who keep them, too, which name no folder of the deployment.
         every = family({entry["pid"] for entry in processes.values()}, living())
+        servers = [running.started(name)[1]["FEDMED_FORK_SERVER"] for name in processes]
+        folders = [Path(server).parent for server in servers]
         running.kill("north")
         assert running.command("status").returncode == 1
         stopped = running.command("stop")
@@ -174,7 +176,11 @@ def test_stop_in_mid_training_leaves_no_process_and_no_taken_port(
         assert run.wait(60) == 1
     # What was running for the killed hospital ends by itself when its SuperNode is gone.
     deadline = time.monotonic() + 60
-    while left := [*processes_naming(*names), *(every & living().keys())]:
+    while left := [
+        *processes_naming(*names),
+        *(every & living().keys()),
+        *(folder for folder in folders if folder.exists()),
+    ]:
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
     assert all(can_bind(entry["port"]) for entry in processes.values())
