@@ -37,7 +37,6 @@ METHODS = {
     "defaults: at least 16 steps a round": {},
     "16 steps, uniform weights": {"strategy": "uniform"},
     "16 steps, own models: Ditto": {"method": "ditto"},
-    "16 steps, own models: fine-tuned": {"personal-epochs": 4},
 }
 BESIDE = "one pass a round"
 STRATEGIES = {"mean": FedAvg, "uniform": lambda: WeightedFedAvg(weights="uniform")}

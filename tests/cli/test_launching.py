@@ -300,6 +300,7 @@ def test_ctrl_c_while_the_fork_server_imports_leaves_nothing(python, tmp_path):
 
 def test_a_node_that_cannot_work_is_not_started(python, tmp_path):
     command = [python, "-c", MAIN, "node", "--no-fork-server", "--insecure"]
+    command += ["--superlink", "192.0.2.1:9092"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 2
     assert "site-name is not in the node config" in done.stdout

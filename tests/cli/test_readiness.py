@@ -211,7 +211,9 @@ def test_dates_of_the_certificate(tmp_path, days, state, text):
 
 
 def test_a_connection_without_tls_is_wrong_and_a_file_without_certificate(tmp_path):
-    assert of("certificate", ["--insecure"])[0][0] == WRONG
+    assert of("certificate", ["--insecure", "--superlink", "192.0.2.1:9092"])[0][0] == WRONG
+    for near in ("127.0.0.1:9092", "localhost:9092", "[::1]:9092"):
+        assert of("certificate", ["--insecure", "--superlink", near])[0][0] == LOOK
     (tmp_path / "ca.crt").write_text("none")
     ((state, text),) = of("certificate", ["--root-certificates", str(tmp_path / "ca.crt")])
     assert (state, "holds no certificate" in text) == (WRONG, True)
