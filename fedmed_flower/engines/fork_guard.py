@@ -33,12 +33,14 @@ class RefusedError(Exception):
     """A child would not be what a new process is; the text names what differs."""
 
 
-def surroundings(pid: int | str) -> dict[str, str]:
+def surroundings(pid: int | str, variables: Mapping[bytes, bytes]) -> dict[str, str]:
     """Return what a process was given by the one that started it, apart from its environment.
 
     Parameters
     ----------
     pid : int or "self"
+    variables : mapping of bytes to bytes
+        Its environment. If ``PYTHONPATH`` has relative parts, the working folder counts.
 
     Raises
     ------
@@ -56,6 +58,11 @@ def surroundings(pid: int | str) -> dict[str, str]:
     )
     for name in ("cgroup", "oom_score_adj"):
         found[name] = (folder / name).read_text().strip()
+    paths = (variables.get(b"PYTHONPATH") or b"/").split(os.fsencode(os.pathsep))
+    if not all(path.startswith(b"/") for path in paths):
+        found["the folder to which parts of PYTHONPATH are relative"] = str(
+            (folder / "cwd").readlink()
+        )
     return found
 
 
@@ -84,7 +91,8 @@ class Surroundings:
     def own(cls) -> Surroundings:
         """Return those of this process, before it has changed any."""
         content = (_PROC / "self" / "environ").read_bytes()
-        return cls(environment(content), surroundings("self"))
+        variables = environment(content)
+        return cls(variables, surroundings("self", variables))
 
     def check(self, variables: Mapping[bytes, bytes], pid: int) -> None:
         """Refuse a process that was given something else.
@@ -103,7 +111,7 @@ class Surroundings:
                 text = name.decode("ascii", "backslashreplace")
                 raise RefusedError(f"{text} differs in the environment")
         try:
-            others = surroundings(pid)
+            others = surroundings(pid, variables)
         except OSError as error:
             raise RefusedError(f"the asking process cannot be read ({error.strerror})") from error
         for what, value in self.others.items():

@@ -290,6 +290,7 @@ def test_a_polite_kill_leaves_summary_and_report(workdir):
     has_stopped(workdir / "killed", said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_in_round_four_and_resumed_gives_the_same_bits(workdir, unbroken, how, code):
     got, said = stop_after("round 3/6", how, workdir, *RESUMABLE, "--out", "killed")

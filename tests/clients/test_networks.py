@@ -34,9 +34,17 @@ def client_of(name, dims, network):
     return type("Client", (SegmentationClient if masks else ClassificationClient,), members)
 
 
+# In 3D these take ten seconds each.
+HEAVY = ("EfficientNet-B0", "SwinUNETR", "VNet")
+CASES = [
+    pytest.param(name, dims, marks=[pytest.mark.slow] if dims == 3 and name in HEAVY else [])
+    for name in NETWORKS
+    for dims in (2, 3)
+]
+
+
 @pytest.mark.parametrize("privacy", ["none", "patient"])
-@pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "dims"), CASES)
 def test_a_network_trains_at_two_hospitals(tmp_path, monkeypatch, name, dims, privacy):
     # Which method is faster is measured once: here it saves no time to measure well.
     monkeypatch.setattr("fedmed_flower.privacy.gradients._REPEATS", 1)

@@ -293,6 +293,16 @@ def test_what_a_process_was_given_otherwise_makes_a_new_process(echo, change, na
     assert done.stderr == (f"probe: a new process instead of the fork server: {name} differs\n")
 
 
+def test_a_relative_path_of_modules_is_that_of_one_folder(echo, tmp_path):
+    echo.environment["PYTHONPATH"] += os.pathsep + "modules"
+    with echo.served() as environment:
+        assert is_served(run(environment), environment)
+        done = run(environment, cwd=tmp_path.parent)
+        assert not is_served(done, environment)
+    what = "the folder to which parts of PYTHONPATH are relative"
+    assert done.stderr == f"probe: a new process instead of the fork server: {what} differs\n"
+
+
 def test_packages_of_the_app_are_installed_in_a_new_process(echo):
     with echo.served() as environment:
         done = run(environment, "--allow-runtime-dependency-installation")

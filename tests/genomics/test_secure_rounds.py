@@ -126,14 +126,14 @@ def test_a_hospital_that_is_lost_loses_the_sum(tmp_path, monkeypatch):
 
 def test_no_reply_holds_a_number_of_one_hospital(tmp_path, monkeypatch):
     replies = []
-    original = LocalGrid.pull_messages
+    original = LocalGrid.pull_within
 
-    def noting(self, ids):
-        pulled = list(original(self, ids))
+    def noting(self, ids, timeout):
+        pulled, seconds = original(self, ids, timeout)
         replies.extend(pulled)
-        return pulled
+        return pulled, seconds
 
-    monkeypatch.setattr(LocalGrid, "pull_messages", noting)
+    monkeypatch.setattr(LocalGrid, "pull_within", noting)
     world = World(tmp_path, trait="continuous", sizes=FOUR)
     study(world.client(), tmp_path, sites=4, test="linear", **SUM)
     plain = {"cohort", "variants", "positions", "patients", "site", "secure", "masked"}

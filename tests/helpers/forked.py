@@ -30,7 +30,8 @@ class Commands:
         self.folder = folder
         (folder / "bin").mkdir()
         (folder / "lib").mkdir()
-        paths = [str(folder / "lib"), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        own = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        paths = [str(folder / "lib"), str(Path(__file__).parent), *own]
         given = {name: text for name, text in _given().items() if not name.startswith("PYTHON")}
         self.environment = {
             **given,

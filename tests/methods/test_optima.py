@@ -48,6 +48,7 @@ def test_uniform_weights_lead_to_the_optimum_of_uniform_weights(method, tmp_path
     assert np.abs(weights_of(result) - pooled_optimum(squares)).max() < 2e-4
 
 
+@pytest.mark.slow
 def test_scaffold_reaches_it_although_one_site_trains_in_a_round(tmp_path):
     strategy = FedAvg(fraction_train=0.5, method="scaffold")
     result = run_squares(tmp_path / "run", strategy=strategy, num_server_rounds=400, local_epochs=4)

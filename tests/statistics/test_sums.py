@@ -237,14 +237,14 @@ def test_a_hospital_that_declines_takes_no_part(tmp_path):
 
 def test_no_reply_holds_a_number_of_one_hospital(tmp_path, monkeypatch):
     replies = []
-    original = LocalGrid.pull_messages
+    original = LocalGrid.pull_within
 
-    def noting(self, ids):
-        pulled = list(original(self, ids))
+    def noting(self, ids, timeout):
+        pulled, seconds = original(self, ids, timeout)
         replies.extend(pulled)
-        return pulled
+        return pulled, seconds
 
-    monkeypatch.setattr(LocalGrid, "pull_messages", noting)
+    monkeypatch.setattr(LocalGrid, "pull_within", noting)
     surveyed(ward(150, 200, 160, 120), Request(columns=("age", "lab")), tmp_path / "run", **SUM)
     assert {name for reply in replies for name in reply.content} == {"masked", "secure", "site"}
     words = [

@@ -319,17 +319,18 @@ def studied_by_sums(folder):
 def replies_by_sums(folder, monkeypatch):
     """Return the keys of all replies of studies and a survey by secure sums."""
     found = {}
-    original = LocalGrid.pull_messages
+    original = LocalGrid.pull_within
 
-    def watching(self, ids):
-        for reply in original(self, ids):
+    def watching(self, ids, timeout):
+        pulled, seconds = original(self, ids, timeout)
+        for reply in pulled:
             kind = reply.metadata.message_type.removeprefix("query.")
             keys = {key for key in generic(kind, reply.content) if key[1] not in SIMULATED}
             found.update({key: {"studies by sums"} for key in keys})
-            yield reply
+        return pulled, seconds
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalGrid, "pull_messages", watching)
+        patch.setattr(LocalGrid, "pull_within", watching)
         studied_by_sums(folder)
     return found
 
