@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import unicodedata
 from typing import Any
 
@@ -89,10 +90,20 @@ class _NotAgain(logging.Filter):
             for other in logging.getLogger("flwr").handlers
             if isinstance(other, logging.StreamHandler)
             and other is not self._handler
-            and other.stream is self._handler.stream
+            and _are_one(other.stream, self._handler.stream)
         ]
         # Who sets the root logger to DEBUG still sees what Flower's handler leaves out.
         return not levels or logging.getLogger().level <= record.levelno < min(levels)
+
+
+def _are_one(stream: object, other: object) -> bool:
+    """Return whether two streams end in one place: both are the console's, or they are the same.
+
+    In the process of a ServerApp Flower writes to standard output, all others to standard error.
+    """
+    consoles = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    both = all(any(each is one for one in consoles) for each in (stream, other))
+    return stream is other or both
 
 
 class _Once(logging.Filter):

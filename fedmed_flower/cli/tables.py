@@ -148,7 +148,7 @@ def print_ledger(console: Console, path: Path, ledger: Ledger, delta: float | No
             _show(epsilon),
             _show_excess(entry.divergence, epsilon),
         )
-    console.print(table)
+    print_table(console, table)
     if entries:
         console.print(
             "delta +: by how much at most the computer's arithmetic raises delta; - where no bound "

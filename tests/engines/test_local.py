@@ -695,3 +695,25 @@ def test_progress_is_shown_in_a_notebook_beside_the_listener_of_the_user(monkeyp
         )
     assert heard == [(0, 2), (1, 2), (2, 2)] * 2
     assert drawn == [(7, done, sent) for done, sent in heard[:3]]
+
+
+def test_a_line_comes_once_although_flower_writes_to_stdout_and_the_root_logger_to_stderr():
+    # As in the process of a ServerApp, beside a library that gives the root logger a handler.
+    script = """
+        import logging, sys
+        from flwr.supercore.logger import console_handler
+        import fedmed_flower.errors
+
+        console_handler.stream = sys.stdout
+        logging.basicConfig(level=logging.WARNING)
+        for name in ("flwr", "flwr.fedmed"):
+            logging.getLogger(name).info("a line of %s", name)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", dedent(script)], capture_output=True, text=True, check=True
+    )
+    assert [done.stdout.count(f"a line of {name}") for name in ("flwr\n", "flwr.fedmed\n")] == [
+        1,
+        1,
+    ]
+    assert "a line of" not in done.stderr
