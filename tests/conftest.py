@@ -44,14 +44,17 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _alone():
-    """Let each app find its own modules: all examples name theirs alike."""
+    """Let each app find its own modules: all examples name theirs alike.
+
+    What a fixture of a whole module has loaded does not stay either, for that of the next module.
+    """
     path, names = list(sys.path), ("client_app", "server_app")
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    for name in names:
+        sys.modules.pop(name, None)
     yield
     sys.path[:] = path
     for name in names:
         sys.modules.pop(name, None)
-    sys.modules.update(before)
 
 
 @pytest.fixture(scope="session")
