@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -17,11 +18,11 @@ from typing import Any
 import tomli_w
 from flwr.app import UserConfig
 
-from fedmed_flower.approval.bundle import ENDING, MOST_BYTES, Bundle, read_bundle, settled
+from fedmed_flower.approval.bundle import ENDING, Bundle, bundle_at, settled
 from fedmed_flower.approval.rules import Rule, refused, rule_of
 from fedmed_flower.approval.signature import signature_of
 from fedmed_flower.errors import InputError
-from fedmed_flower.files import open_file, require_format, write_atomic
+from fedmed_flower.files import require_format, write_atomic
 from fedmed_flower.secure.identity import key_of, key_text, read_toml, require_name, write_whole
 
 LIST = "approved.toml"
@@ -52,22 +53,6 @@ class Approved:
     name: str
     time: str
     rules: Mapping[str, Rule]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a run may not start.
-
-    Attributes
-    ----------
-    reason : str
-        It may leave the hospital: it says nothing about patients.
-    settings : tuple of str
-        In words, each setting that is not allowed.
-    """
-
-    reason: str
-    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,13 +102,9 @@ class Approvals:
         if not os.path.lexists(path):
             return cls(folder)
         remedy = "restore it from a copy, or approve again in another folder"
-        table, mode = read_toml(path, remedy)
-        _require_own(folder)
-        if mode & 0o022:
-            raise InputError(
-                f"{path} decides what code runs here and has the mode {mode & 0o777:03o}, so "
-                f"others on this machine can change it: chmod 644 {path}"
-            )
+        table, _ = read_toml(path, remedy)
+        for each in (folder, path):
+            _require_own(each)
         require_format(path, table.get("format", 0), _FORMAT)
         try:
             return cls._of_table(folder, table)
@@ -164,8 +145,10 @@ class Approvals:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / LIST, (_HEADING + tomli_w.dumps(table)).encode(), private=False)
 
-    def refusal(self, bundle: Bundle, config: UserConfig) -> Refusal | None:
+    def refusal(self, bundle: Bundle, config: UserConfig) -> str | None:
         """Return why a run of a bundle may not start; None if it may.
+
+        The text may leave the hospital: it says nothing about patients.
 
         Parameters
         ----------
@@ -178,17 +161,16 @@ class Approvals:
             try:
                 signed = signature_of(bundle)
             except InputError as error:
-                return Refusal(f"{_named(bundle)} is not approved here: {error}")
+                return f"{_named(bundle)} is not approved here: {error}"
             if signed is not None:
                 approved = self.signers.get(signed.public)
             if approved is None:
                 by = "" if signed is None else f", and {signed.name} who signed it is not either"
-                return Refusal(f"{_named(bundle)} is not approved here{by}")
+                return f"{_named(bundle)} is not approved here{by}"
         found = refused(bundle.settings, settled(config), approved.rules)
         if not found:
             return None
-        reason = f"settings of {_named(bundle)} are not approved here: {'; '.join(found)}"
-        return Refusal(reason, tuple(found))
+        return f"settings of {_named(bundle)} are not approved here: {'; '.join(found)}"
 
     def with_bundle(
         self, bundle: Bundle, content: bytes, rules: Mapping[str, Rule], now: datetime | None = None
@@ -239,15 +221,11 @@ class Approvals:
 
     def before(self, bundle: Bundle) -> Bundle | None:
         """Return the bundle of the same app that was approved last; None if there is none."""
-        digests = [
-            digest
-            for digest, each in self.bundles.items()
-            if each.name.rpartition(" ")[0] == bundle.app and digest != bundle.digest
-        ]
-        for digest in sorted(digests, key=lambda each: self.bundles[each].time, reverse=True):
-            content = _read(self.folder / _BUNDLES, f"{digest}{ENDING}")
-            if content is not None:
-                return read_bundle(content)
+        others = [digest for digest in self.bundles if digest != bundle.digest]
+        for digest in sorted(others, key=lambda each: self.bundles[each].time, reverse=True):
+            path = self.folder / _BUNDLES / f"{digest}{ENDING}"
+            if path.exists() and (kept := _kept(path)[0]).app == bundle.app:
+                return kept
         return None
 
     def remember(self, bundle: Bundle, content: bytes) -> bool:
@@ -263,12 +241,8 @@ class Approvals:
 
     def asked(self) -> list[Asked]:
         """Return the bundles that runs have asked for and that are not approved."""
-        found = []
-        for path in sorted((self.folder / _ASKED).glob(f"*{ENDING}")):
-            content = _read(path.parent, path.name)
-            if content is not None and path.stem not in self.bundles:
-                found.append(Asked(read_bundle(content), content))
-        return found
+        paths = sorted((self.folder / _ASKED).glob(f"*{ENDING}"))
+        return [Asked(*_kept(path)) for path in paths if path.stem not in self.bundles]
 
     def forget(self) -> int:
         """Delete the bundles that were asked for and not approved; return their number."""
@@ -335,12 +309,16 @@ def _approved(name: str, each: dict[str, Any]) -> Approved:
     return Approved(name, each["approved"], rules)
 
 
-def _require_own(folder: Path) -> None:
-    status = folder.stat()
+def _require_own(path: Path) -> None:
+    """Refuse a file or folder that other users than this one and root can change."""
+    status = path.stat()
+    decides = f"{path} decides what code runs here"
+    if status.st_uid not in (os.geteuid(), 0):
+        raise InputError(f"{decides} and belongs to user {status.st_uid}: make a list of your own")
     if status.st_mode & 0o022:
         raise InputError(
-            f"{folder} decides what code runs here and has the mode {status.st_mode & 0o777:03o}, "
-            f"so others on this machine can change it: chmod go-w {folder}"
+            f"{decides} and has the mode {status.st_mode & 0o777:03o}, so others on this machine "
+            f"can change it: chmod go-w {shlex.quote(str(path))}"
         )
 
 
@@ -351,10 +329,9 @@ def _keep(path: Path, content: bytes) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _read(folder: Path, name: str) -> bytes | None:
-    """Return the content of a kept bundle; None if it is not there any more or was changed."""
-    try:
-        with open_file(folder, name, MOST_BYTES) as file:
-            return file.read()
-    except OSError:
-        return None
+def _kept(path: Path) -> tuple[Bundle, bytes]:
+    """Return a kept bundle, whose file is named after its digest."""
+    bundle, content = bundle_at(path)
+    if bundle.digest != path.stem:
+        raise InputError(f"{path} was changed since it was kept: delete it")
+    return bundle, content

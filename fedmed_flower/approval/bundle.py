@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import stat
 import tomllib
 import zipfile
@@ -132,8 +133,7 @@ def bundle_at(path: Path) -> tuple[Bundle, bytes]:
 def unlike(bundle: Bundle, folder: Path) -> list[str]:
     """Return the files in which an installed app differs from a bundle, in the order of names.
 
-    A file that one of them lacks is among them, and so is a link. What Python writes in
-    ``__pycache__`` is not.
+    A file that one of them lacks is among them, and so is a link.
     """
     names: set[str] = set()
     odd: set[str] = set()
@@ -141,7 +141,7 @@ def unlike(bundle: Bundle, folder: Path) -> list[str]:
         place = path.relative_to(folder)
         if path.is_symlink():
             odd.add(place.as_posix())
-        elif _WRITTEN not in place.parts and not path.is_dir():
+        elif not path.is_dir():
             names.add(place.as_posix())
     odd |= names ^ set(bundle.files)
     for name in names & set(bundle.files):
@@ -149,6 +149,16 @@ def unlike(bundle: Bundle, folder: Path) -> list[str]:
             if file.read() != bundle.files[name]:
                 odd.add(name)
     return sorted(odd)
+
+
+def forget_compiled(folder: Path) -> None:
+    """Delete what Python has compiled beside the files of an installed app.
+
+    Python may run such a file whatever its source holds, and anybody may have put it there.
+    """
+    for path in list(folder.rglob(_WRITTEN)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def _files_of(archive: zipfile.ZipFile) -> dict[str, bytes]:

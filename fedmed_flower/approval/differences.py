@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from flwr.app import UserConfig
 
 from fedmed_flower.approval.bundle import Bundle
-from fedmed_flower.approval.rules import same
+from fedmed_flower.approval.rules import changed
 from fedmed_flower.approval.signature import SIGNATURE
 from fedmed_flower.errors import shown
 from fedmed_flower.settings.text import expand, text_of
@@ -39,11 +39,7 @@ def dependencies_of(bundle: Bundle) -> list[tuple[str, str]]:
 def changed_settings(before: UserConfig, after: UserConfig) -> list[tuple[str, str, str]]:
     """Return key, value before and value after of each setting that differs."""
     before, after = _expanded(before), _expanded(after)
-    return [
-        (key, _text(before, key), _text(after, key))
-        for key in sorted({*before, *after})
-        if not (key in before and key in after and same(before[key], after[key]))
-    ]
+    return [(key, _text(before, key), _text(after, key)) for key in changed(before, after)]
 
 
 def changed_files(before: Bundle, after: Bundle) -> Iterator[str]:

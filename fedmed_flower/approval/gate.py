@@ -23,8 +23,8 @@ from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 
-from fedmed_flower.approval.approvals import Approvals, Refusal
-from fedmed_flower.approval.bundle import Bundle, read_bundle, unlike
+from fedmed_flower.approval.approvals import Approvals
+from fedmed_flower.approval.bundle import Bundle, forget_compiled, read_bundle, unlike
 from fedmed_flower.data.site import Site
 from fedmed_flower.errors import InputError
 from fedmed_flower.files import replacing
@@ -73,35 +73,35 @@ class _Gate:
         self._bundle: Bundle | None = None
         self._place: Path | None = None
         # Until a bundle was found to be approved, nothing is.
-        self._refusal: Refusal | None = Refusal("nothing was asked for")
+        self._refusal: str | None = "nothing was asked for"
 
     def pull_task_input(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch message, context, run and bundle, and decide on them."""
         message, context, run, fab = self._steps["pull_task_input"](*args, **kwargs)
         self._refusal = self._decide(context, run, fab)
         if self._refusal is not None:
-            log.error("refused: %s", self._refusal.reason)
+            log.error("refused: %s", self._refusal)
         return message, context, run, fab
 
-    def _decide(self, context: Context, run: Any, fab: Any) -> Refusal | None:
+    def _decide(self, context: Context, run: Any, fab: Any) -> str | None:
         digest = hashlib.sha256(fab.content).hexdigest()
         if fab.hash_str != digest:
-            return Refusal(f"the app's bundle has not the SHA-256 {fab.hash_str} that was said")
+            return f"the app's bundle has not the SHA-256 {fab.hash_str} that was said"
         try:
             bundle = read_bundle(fab.content)
             approvals = Approvals.load(self._folder)
             refusal = approvals.refusal(bundle, context.run_config)
         except InputError as error:
             log.error("%s", error)
-            return Refusal("the app's bundle or the hospital's list of approved ones is unreadable")
+            return "the app's bundle or the hospital's list of approved ones is unreadable"
         if (run.fab_id, run.fab_version) != (bundle.app, bundle.version):
-            return Refusal(
+            return (
                 f"the run says that it is of app {run.fab_id} {run.fab_version}, and its bundle "
                 f"is {bundle.app} {bundle.version}"
             )
         if refusal is not None:
             if not approvals.remember(bundle, fab.content):
-                log.error("no room to keep the bundle: see `fedmed approve --forget`")
+                log.error("no room to keep the bundle: fedmed approve forget %s", self._folder)
             return refusal
         self._bundle = bundle
         return None
@@ -114,7 +114,7 @@ class _Gate:
 
     def install_app_dependencies(self, *_: Any, **__: Any) -> None:
         """Install nothing: packages run code that nobody has approved."""
-        self._refusal = Refusal("packages may not be installed at this hospital while a run starts")
+        self._refusal = "packages may not be installed at this hospital while a run starts"
 
     def get_project_dir(self, *args: Any, **kwargs: Any) -> Any:
         """Return the folder of the installed app, and remember it."""
@@ -128,7 +128,7 @@ class _Gate:
         if self._refusal is None:
             load: Callable[..., Any] = self._steps["get_load_client_app_fn"](*args, **kwargs)
             return load
-        reason = self._refusal.reason
+        reason = self._refusal
 
         def decline(message: Message, context: Context) -> Message:
             text = error_reason(Site.from_context(context).name, DECLINED + reason)
@@ -137,20 +137,21 @@ class _Gate:
 
         return lambda *_: decline
 
-    def _installed_otherwise(self) -> Refusal | None:
+    def _installed_otherwise(self) -> str | None:
         """Return why the installed app is not what was approved; None if it is.
 
         Flower leaves a folder that is there as it is, and names it by 8 digits of the digest.
         """
         if self._bundle is None or self._place is None:
-            return Refusal("Flower has installed the app in an unknown way")
+            return "Flower has installed the app in an unknown way"
+        forget_compiled(self._place)
         odd = unlike(self._bundle, self._place)
         if not odd:
             return None
         log.error(
             "%s differs from the approved bundle in %s: remove the folder", self._place, odd[:5]
         )
-        return Refusal("the app that is installed here is not the approved one")
+        return "the app that is installed here is not the approved one"
 
 
 def guard(folder: Path) -> None:
@@ -198,7 +199,7 @@ def write_commands(folder: Path) -> Path:
     texts = dict.fromkeys(TASK_TYPE_TO_COMMAND.values(), first + _REFUSED)
     texts[TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]] = first + _GUARDED
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, text in texts.items():
             path = place / name
             with replacing(path) as temporary:
@@ -220,7 +221,3 @@ def main() -> None:
         sys.exit(f"{APPROVALS} must name the folder of the hospital's list of approved apps")
     guard(Path(folder))
     flwr_clientapp()
-
-
-if __name__ == "__main__":
-    main()

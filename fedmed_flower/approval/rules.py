@@ -110,6 +110,15 @@ def rule_of(key: str, content: object) -> Rule:
     )
 
 
+def changed(before: UserConfig, after: UserConfig) -> list[str]:
+    """Return the keys that one of two configs lacks, or of which the values differ, sorted."""
+    return [
+        key
+        for key in sorted({*before, *after})
+        if not (key in before and key in after and same(before[key], after[key]))
+    ]
+
+
 def refused(before: UserConfig, after: UserConfig, rules: Mapping[str, Rule]) -> list[str]:
     """Return in words each setting that a run changes and that no rule allows.
 
@@ -123,9 +132,7 @@ def refused(before: UserConfig, after: UserConfig, rules: Mapping[str, Rule]) ->
         By the key of the setting.
     """
     found = []
-    for key in sorted({*before, *after}):
-        if key in before and key in after and same(before[key], after[key]):
-            continue
+    for key in changed(before, after):
         rule = rules.get(key)
         if rule is not None and key in after and rule.allows(after[key]):
             continue

@@ -180,11 +180,11 @@ def _rules(texts: Iterable[str] | None) -> dict[str, Rule]:
 
 
 def _print_list(approvals: Approvals) -> None:
+    from fedmed_flower.secure.identity import fingerprint
+
     table = Table(title=f"What may run here: {approvals.folder}")
     for column in ("approved", "SHA-256 or key", "since", "settings that a run may change"):
         table.add_column(column)
-    from fedmed_flower.secure.identity import fingerprint
-
     listed = [(digest[:16], entry) for digest, entry in approvals.bundles.items()]
     listed += [(fingerprint(key), entry) for key, entry in approvals.signers.items()]
     for what, entry in listed:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from fedmed_flower.engines.processes import LOOPBACK
 from fedmed_flower.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -32,12 +33,7 @@ _STYLES = {OK: "green", LOOK: "yellow", WRONG: "red"}
 
 # Where Flower looks for a SuperLink if none is named.
 _LINK = "127.0.0.1:9092"
-# Nobody is on the way between processes of one machine.
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SOON = timedelta(days=30)
-# Flower refuses a node whose clock is this far from the server's, in seconds.
-_LATE = 300
-_EARLY = 5
 _PATIENCE = 10.0
 _LEAST_BYTES = 2 << 30
 _MOST_CERTIFICATE = 1 << 20
@@ -190,19 +186,21 @@ def _code(node: _Node) -> Iterator[Finding]:
 
 
 def _budget(node: _Node) -> Iterator[Finding]:
+    from flwr.app import Context, RecordDict
+
+    from fedmed_flower.data.site import Site
     from fedmed_flower.privacy.ledger import Ledger
+    from fedmed_flower.privacy.patient import ledger_path
 
     settings = node.settings
     if not settings.budget_epsilon:
         yield Finding("privacy", "no budget: what a run asks for is not bounded by noise", LOOK)
     if not settings.ledger and not settings.data_dir:
         return
-    named = bool(settings.ledger)
-    path = Path(settings.ledger or Path(settings.data_dir) / "privacy-ledger.sqlite").expanduser()
-    if not path.is_absolute():
-        raise InputError(f"ledger in the node config must be an absolute path, got {path}")
+    context = Context(0, 0, node.config, RecordDict(), {})
+    path = ledger_path(context, Site.from_context(context), {})
     if not path.exists():
-        if named:
+        if settings.ledger:
             raise InputError(f"there is no ledger {path}: mend the path, or fedmed privacy --new")
         _require_writable(path.parent, "the ledger")
         yield Finding("ledger", f"{path} will be made: nothing was ever released", LOOK)
@@ -241,8 +239,10 @@ def _secure(node: _Node) -> Iterator[Finding]:
 
 
 def _folders(node: _Node) -> Iterator[Finding]:
+    from flwr.supercore.utils import get_flwr_home
+
     settings = node.settings
-    homes = {"FLWR_HOME": os.environ.get("FLWR_HOME") or str(Path.home() / ".flwr")}
+    homes = {"FLWR_HOME": str(get_flwr_home())}
     homes |= {"output-dir": settings.output_dir} if settings.output_dir else {}
     if settings.image_cache and settings.image_cache != "off":
         homes["image-cache"] = settings.image_cache
@@ -284,7 +284,7 @@ def _own_key(node: _Node) -> Iterator[Finding]:
 
 def _trust(node: _Node) -> Iterator[Finding]:
     if node.insecure:
-        near = node.link.rpartition(":")[0].strip("[]") in _LOOPBACK
+        near = node.link.rpartition(":")[0].strip("[]") in LOOPBACK
         text = "--insecure: anybody on the way reads and changes all"
         yield Finding("certificate", text, LOOK if near else WRONG)
         return
@@ -317,6 +317,7 @@ def _dates(certificate: x509.Certificate, what: str, name: str, now: datetime) -
 
 def _link(node: _Node) -> Iterator[Finding]:
     import httpx
+    from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
     scheme = "http" if node.insecure else "https"
     path = str(Path(node.certificates).expanduser()) if node.certificates else None
@@ -341,12 +342,13 @@ def _link(node: _Node) -> Iterator[Finding]:
     # The header has whole seconds.
     behind = (there - before).total_seconds()
     ahead = (after - there).total_seconds() - 1
-    if behind > _LATE or ahead > _EARLY:
-        seconds = behind if behind > _LATE else ahead
-        side = "behind" if behind > _LATE else "ahead of"
+    if behind > TIMESTAMP_TOLERANCE or ahead > SYSTEM_TIME_TOLERANCE:
+        late = behind > TIMESTAMP_TOLERANCE
+        seconds = behind if late else ahead
+        side = "behind" if late else "ahead of"
         text = (
             f"this machine is {seconds:.0f} s {side} the server, which refuses a node that is more "
-            f"than {_LATE} s behind or {_EARLY} s ahead: set the clock"
+            f"than {TIMESTAMP_TOLERANCE} s behind or {SYSTEM_TIME_TOLERANCE} s ahead: set the clock"
         )
         yield Finding("clock", text, WRONG)
     else:

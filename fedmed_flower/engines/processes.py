@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Programs prefer the one or the other.
 _BYPASSES = {"no_proxy": "NO_PROXY", "NO_PROXY": "no_proxy"}
 _PROC = Path("/proc")
@@ -46,7 +46,7 @@ def _with_loopback(text: str) -> str:
     hosts = [host for part in text.split(",") if (host := part.strip())]
     if "*" in hosts:
         return text
-    return ",".join([*hosts, *(host for host in _LOOPBACK if host not in hosts)])
+    return ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])
 
 
 def living() -> dict[int, Process]:

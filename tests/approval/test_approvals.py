@@ -1,3 +1,4 @@
+import os
 from datetime import UTC, datetime
 
 import pytest
@@ -29,9 +30,7 @@ def app(tmp_path):
 def test_nothing_runs_before_it_is_approved(folder, app):
     (found, _) = app
     refusal = Approvals.load(folder).refusal(found, found.declared)
-    assert refusal.reason == (
-        f"app lab/toy 1.0.0 (SHA-256 {found.digest[:16]}...) is not approved here"
-    )
+    assert refusal == (f"app lab/toy 1.0.0 (SHA-256 {found.digest[:16]}...) is not approved here")
 
 
 def test_an_approved_app_runs_with_its_own_settings_and_those_allowed(folder, app):
@@ -41,11 +40,11 @@ def test_an_approved_app_runs_with_its_own_settings_and_those_allowed(folder, ap
     assert approvals.refusal(found, {"rounds": 3}) is None
     assert approvals.refusal(found, {"rounds": 5, "seed": 9}) is None
     refusal = approvals.refusal(found, {"rounds": 6, "privacy": "patient"})
-    assert refusal.settings == (
-        "privacy is patient, allowed is the app's none",
-        "rounds is 6, allowed is the app's 3 or 1..5",
+    assert refusal == (
+        f"settings of app lab/toy 1.0.0 (SHA-256 {found.digest[:16]}...) are not approved here: "
+        "privacy is patient, allowed is the app's none; "
+        "rounds is 6, allowed is the app's 3 or 1..5"
     )
-    assert refusal.reason.endswith("are not approved here: " + "; ".join(refusal.settings))
 
 
 def test_settings_in_a_text_are_seen_through(folder, tmp_path):
@@ -55,17 +54,17 @@ def test_settings_in_a_text_are_seen_through(folder, tmp_path):
     assert approvals.refusal(found, {"rounds": 3, "settings": "{seed = 2}"}) is None
     assert approvals.refusal(found, {"rounds": 3, "settings": "seed = 2"}) is None
     told = approvals.refusal(found, {"rounds": 3, "settings": "{seed = 2, min-sites = 1000}"})
-    assert told.settings == ("min-sites is 1000, allowed is the app's 1",)
+    assert told.endswith("not approved here: min-sites is 1000, allowed is the app's 1")
     # A text that cannot be read is no way round.
     broken = approvals.refusal(found, {"rounds": 3, "settings": "{seed ="})
-    assert "settings is {seed =, allowed is the app's nothing" in broken.settings
+    assert "settings is {seed =, allowed is the app's nothing" in broken
 
 
 def test_a_changed_file_is_another_app(folder, app, tmp_path):
     found, content = app
     Approvals.load(folder).with_bundle(found, content, {}).save()
     changed, _ = bundle(tmp_path / "changed", client="answer = 41\n")
-    assert "is not approved here" in Approvals.load(folder).refusal(changed, {}).reason
+    assert "is not approved here" in Approvals.load(folder).refusal(changed, {})
 
 
 def test_a_signers_apps_run_as_long_as_the_signer_is_approved(folder, tmp_path):
@@ -74,16 +73,18 @@ def test_a_signers_apps_run_as_long_as_the_signer_is_approved(folder, tmp_path):
     signed = sign(write_app(tmp_path / "app"), consortium)
     Approvals.load(folder).with_signer("others", other.public, {}).save()
     approvals = Approvals.load(folder)
-    assert approvals.refusal(signed, signed.declared).reason.endswith(
+    assert approvals.refusal(signed, signed.declared).endswith(
         "is not approved here, and consortium who signed it is not either"
     )
     approvals.with_signer("consortium", consortium.public, rules("seed=5")).save()
     approvals = Approvals.load(folder)
     assert approvals.refusal(signed, signed.declared) is None
     assert approvals.refusal(signed, {**signed.declared, "seed": 5}) is None
-    assert approvals.refusal(signed, {**signed.declared, "seed": 6}).settings
+    assert approvals.refusal(signed, {**signed.declared, "seed": 6}).endswith(
+        "not approved here: seed is 6, allowed is the app's 0 or 5"
+    )
     tampered, _ = bundle(tmp_path / "app", client="answer = 41\n")
-    assert "does not hold" in approvals.refusal(tampered, tampered.declared).reason
+    assert "does not hold" in approvals.refusal(tampered, tampered.declared)
     left, entry = approvals.without("consortium")
     assert entry.name == "consortium"
     assert left.refusal(signed, signed.declared) is not None
@@ -136,12 +137,34 @@ def test_a_list_that_others_can_change_is_refused(folder, app):
     found, content = app
     Approvals.load(folder).with_bundle(found, content, {}).save()
     (folder / LIST).chmod(0o664)
-    with pytest.raises(InputError, match="others on this machine can change it: chmod 644"):
+    with pytest.raises(
+        InputError, match=rf"others on this machine can change it: chmod go-w \S+{LIST}"
+    ):
         Approvals.load(folder)
     (folder / LIST).chmod(0o644)
     folder.chmod(0o777)
     with pytest.raises(InputError, match="others on this machine can change it: chmod go-w"):
         Approvals.load(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("name", ["", LIST])
+def test_a_list_of_another_user_is_refused(folder, app, name):
+    found, content = app
+    Approvals.load(folder).with_bundle(found, content, {}).save()
+    os.chown(folder / name, 12345, -1)
+    with pytest.raises(InputError, match="belongs to user 12345: make a list of your own"):
+        Approvals.load(folder)
+
+
+def test_a_kept_bundle_that_was_changed_is_named(folder, app, tmp_path):
+    found, content = app
+    approvals = Approvals.load(folder)
+    approvals.remember(found, content)
+    (path,) = (folder / "asked").iterdir()
+    path.write_bytes(bundle(tmp_path / "other", client="answer = 41\n")[1])
+    with pytest.raises(InputError, match=f"{path} was changed since it was kept: delete it"):
+        approvals.asked()
 
 
 @pytest.mark.parametrize(

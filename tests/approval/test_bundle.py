@@ -7,7 +7,14 @@ import pytest
 from app_bundles import CLIENT, bundle, write_app
 from flwr.cli.install import install_from_fab
 
-from fedmed_flower.approval.bundle import MOST_BYTES, bundle_at, read_bundle, settled, unlike
+from fedmed_flower.approval.bundle import (
+    MOST_BYTES,
+    bundle_at,
+    forget_compiled,
+    read_bundle,
+    settled,
+    unlike,
+)
 from fedmed_flower.errors import InputError
 
 PROJECT = b'[project]\nname = "toy"\nversion = "1"\n[tool.flwr.app]\npublisher = "lab"\n'
@@ -59,6 +66,8 @@ def test_an_installed_app_is_the_bundle_until_a_file_changes(tmp_path):
     cached = place / "toy" / "__pycache__"
     cached.mkdir()
     (cached / "client.pyc").write_bytes(b"compiled")
+    assert unlike(found, place) == ["toy/__pycache__/client.pyc"]
+    forget_compiled(place)
     assert unlike(found, place) == []
     (place / "toy" / "client.py").write_text("answer = 41\n")
     (place / "toy" / "more.py").write_text("")

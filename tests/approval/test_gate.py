@@ -1,5 +1,9 @@
 import hashlib
+import py_compile
 import shutil
+import subprocess
+import sys
+from importlib.util import cache_from_source
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +134,35 @@ def test_another_app_in_the_folder_of_the_approved_one_does_not_run(hospital, ap
     assert "loaded" not in hospital.steps
     shutil.rmtree(hospital.installed)
     assert hospital.answer(*app) == "the app's reply"
+
+
+def test_code_that_somebody_has_compiled_beside_the_approved_files_does_not_run(hospital, app):
+    hospital.approve(*app)
+    hospital.answer(*app)
+    evil = hospital.home / "evil.py"
+    evil.write_text("answer = 41\n")
+    # Python runs such a file whatever the source beside it holds.
+    compiled = cache_from_source(hospital.installed / "toy" / "client.py")
+    py_compile.compile(
+        evil, compiled, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+    )
+    program = "from toy.client import answer; print(answer)"
+
+    def imported():
+        command = [sys.executable, "-c", program]
+        return subprocess.check_output(command, cwd=hospital.installed, text=True)
+
+    assert imported() == "41\n"
+    assert hospital.answer(*app) == "the app's reply"
+    assert imported() == "42\n"
+
+
+def test_what_is_taken_off_the_list_does_not_answer_the_next_message(hospital, app):
+    hospital.approve(*app)
+    assert hospital.answer(*app) == "the app's reply"
+    left, _ = Approvals.load(hospital.approvals).without(app[0].digest[:8])
+    left.save()
+    assert "is not approved here" in error_text(hospital.answer(*app))
 
 
 def test_what_is_no_bundle_or_a_broken_list_approves_nothing(hospital, app):

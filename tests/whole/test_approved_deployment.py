@@ -86,3 +86,7 @@ def test_only_what_a_hospital_has_approved_is_imported_there(tmp_path, served):
         assert "TRAINED {'south': 1}" in d.command("run", str(changed)).stdout
         assert seen.read_text().split() == ["approved"] * 2 + ["changed"]
         assert "refused: app" in d.log("north")
+
+        Approvals.load(lists / "south").without("consortium")[0].save()
+        assert "TRAINED {}" in d.command("run", str(changed)).stdout
+        assert seen.read_text().split() == ["approved"] * 2 + ["changed"]
