@@ -142,7 +142,7 @@ class Approvals:
             for key, each in self.signers.items()
         ]
         table = {"format": _FORMAT, "bundle": bundles, "signer": signers}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(self.folder / LIST, (_HEADING + tomli_w.dumps(table)).encode(), private=False)
 
     def refusal(self, bundle: Bundle, config: UserConfig) -> str | None:
@@ -183,7 +183,7 @@ class Approvals:
             As `require_settings`, or if the copy cannot be written.
         """
         require_settings(bundle, rules)
-        _keep(self.folder / _BUNDLES / f"{bundle.digest}{ENDING}", content)
+        self._keep(_BUNDLES, bundle, content)
         (self.folder / _ASKED / f"{bundle.digest}{ENDING}").unlink(missing_ok=True)
         entry = Approved(f"{bundle.app} {bundle.version}", _time(now), dict(rules))
         return replace(self, bundles={**self.bundles, bundle.digest: entry})
@@ -236,8 +236,16 @@ class Approvals:
             return True
         if folder.is_dir() and len(list(folder.glob(f"*{ENDING}"))) >= _MOST_ASKED:
             return False
-        _keep(path, content)
+        self._keep(_ASKED, bundle, content)
         return True
+
+    def _keep(self, part: str, bundle: Bundle, content: bytes) -> None:
+        path = self.folder / part / f"{bundle.digest}{ENDING}"
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomic(path, content)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
     def asked(self) -> list[Asked]:
         """Return the bundles that runs have asked for and that are not approved."""
@@ -320,13 +328,6 @@ def _require_own(path: Path) -> None:
             f"{decides} and has the mode {status.st_mode & 0o777:03o}, so others on this machine "
             f"can change it: chmod go-w {shlex.quote(str(path))}"
         )
-
-
-def _keep(path: Path, content: bytes) -> None:
-    try:
-        write_atomic(path, content)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _kept(path: Path) -> tuple[Bundle, bytes]:

@@ -199,7 +199,8 @@ def write_commands(folder: Path) -> Path:
     texts = dict.fromkeys(TASK_TYPE_TO_COMMAND.values(), first + _REFUSED)
     texts[TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]] = first + _GUARDED
     try:
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place.mkdir(mode=0o700, exist_ok=True)
         for name, text in texts.items():
             path = place / name
             with replacing(path) as temporary:

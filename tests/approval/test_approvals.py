@@ -1,10 +1,12 @@
 import os
+import stat
 from datetime import UTC, datetime
 
 import pytest
 from app_bundles import bundle, write_app
 
 from fedmed_flower.approval.approvals import LIST, Approvals
+from fedmed_flower.approval.gate import write_commands
 from fedmed_flower.approval.rules import parse
 from fedmed_flower.approval.signature import sign
 from fedmed_flower.errors import FormatError, InputError
@@ -145,6 +147,20 @@ def test_a_list_that_others_can_change_is_refused(folder, app):
     folder.chmod(0o777)
     with pytest.raises(InputError, match="others on this machine can change it: chmod go-w"):
         Approvals.load(folder)
+
+
+def test_a_new_list_is_its_owners_whatever_the_umask(folder, app):
+    found, content = app
+    before = os.umask(0o002)
+    try:
+        Approvals.load(folder).remember(found, content)
+        Approvals.load(folder).with_bundle(found, content, {}).save()
+        commands = write_commands(folder)
+    finally:
+        os.umask(before)
+    assert Approvals.load(folder).refusal(found, found.declared) is None
+    for path in (folder, commands):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
